@@ -1,0 +1,123 @@
+"""The shipped recipes load and hold the published numbers; wrong input ends in one line that says what to do."""
+
+import pytest
+import yaml
+
+from ufo_ds import recipe
+from ufo_ds.errors import UserError
+
+SHIPPED = sorted(path.stem for path in recipe.RECIPES.glob("*.yaml"))
+
+
+def test_the_recipes_that_are_promised_are_shipped():
+    assert {"demo", "allinone_vit_l", "ufo2_17b"} <= set(SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_load_and_survive_printing(name):
+    loaded = recipe.load(name)
+    assert loaded.name == name
+    assert recipe.parse(yaml.safe_load(recipe.to_yaml(loaded)), "printed") == loaded
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_open_with_their_command(name):
+    text = (recipe.RECIPES / f"{name}.yaml").read_text()
+    assert text.startswith("#")
+    assert "# Command: deepspeed ufo_ds/train.py" in text
+    assert "# Result" in text
+
+
+def test_allinone_is_as_published():
+    loaded = recipe.load("allinone_vit_l")
+    batches = {task.name: task.samples_per_step for task in loaded.tasks}
+    assert batches == {"face": 1024, "person": 512, "products": 512, "vehicle": 512}
+    assert loaded.model.backbone.name == "vit_large"
+    assert loaded.model.experts == []
+    assert loaded.model.drop_path == 0.2
+    assert {task.input for task in loaded.tasks} == {(384, 384)}
+    assert {task.name: len(task.train) for task in loaded.tasks} == {"face": 1, "person": 3, "products": 1, "vehicle": 3}
+    assert sum(len(task.benchmarks) for task in loaded.tasks) == 13
+    assert {task.name for task in loaded.tasks if task.loss.triplet} == {"person", "products", "vehicle"}
+    assert (loaded.optimizer.type, loaded.optimizer.lr, loaded.schedule.steps) == ("sgd", 0.2, 100_000)
+
+
+def test_ufo2_is_as_published():
+    loaded = recipe.load("ufo2_17b")
+    tasks = {task.name: task for task in loaded.tasks}
+    assert len(tasks) == 26
+    batches = {name: task.samples_per_step for name, task in tasks.items() if task.samples_per_step != 144}
+    assert batches == {
+        "face": 1152, "imagenet": 1152, "person": 576, "vehicle": 576, "products": 576, "cifar10": 256,
+    }  # fmt: skip
+    margins = {name: (task.loss.cosface.scale, task.loss.cosface.margin) for name, task in tasks.items()
+               if task.loss.cosface}  # fmt: skip
+    assert margins == {"face": (50, 0.3), "person": (30, 0.2), "vehicle": (20, 0.2), "products": (30, 0.2)}
+    lr_scales = {name: task.lr_scale for name, task in tasks.items() if task.lr_scale != 0.25}
+    assert lr_scales == {"face": 2, "vehicle": 2, "person": 1, "products": 1, "imagenet": 0.5}
+    for name in ("person", "vehicle", "products"):
+        assert tasks[name].samples_per_step == 4 * tasks[name].identities_per_step
+    optimizer, schedule = loaded.optimizer, loaded.schedule
+    assert (optimizer.type, optimizer.lr, optimizer.momentum, optimizer.weight_decay) == ("sgd", 0.2, 0.0, 1e-4)
+    assert (optimizer.gradient_clipping, optimizer.bias_lr_scale) == (5, 2)
+    assert (schedule.steps, schedule.warmup_steps, schedule.min_lr) == (60_000, 6_000, 0.004)
+    assert all(task.num_classes for task in loaded.tasks)
+
+
+def test_ufo2_has_17_billion_parameters():
+    loaded = recipe.load("ufo2_17b")
+    vit = loaded.model.backbone
+    assert set(loaded.model.experts) == {"embed", "norm", "attn", "ffn"}
+    assert set(loaded.model.routes.values()) == {"own"}
+    assert {task.input for task in loaded.tasks} == {(256, 256)}
+    tokens = (256 // vit.patch_size) ** 2 + 1
+    norm = 2 * vit.dim
+    attention = 4 * (vit.dim**2 + vit.dim)
+    ffn = 2 * vit.mlp_ratio * vit.dim**2 + (vit.mlp_ratio + 1) * vit.dim
+    embedding = (3 * vit.patch_size**2 + 1) * vit.dim + vit.dim + tokens * vit.dim
+    path = vit.depth * (attention + ffn + 2 * norm) + norm + embedding
+    assert path / 1e6 == pytest.approx(630.9, abs=0.05)
+    assert (len(loaded.tasks) + 1) * path / 1e9 == pytest.approx(17.03, abs=0.005)
+    smaller = path + len(loaded.tasks) * (vit.depth * ffn + embedding)
+    assert smaller / 1e9 == pytest.approx(11.57, abs=0.005)
+    overrides = [("model.experts", "[embed, ffn]"), ("model.routes", "{embed: own, ffn: own}")]
+    assert recipe.load("ufo2_17b", overrides).model.experts == ["embed", "ffn"]
+
+
+def test_recipes_load_from_a_file_and_fill_in_defaults(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text((recipe.RECIPES / "demo.yaml").read_text())
+    loaded = recipe.load(str(file))
+    assert loaded == recipe.load("demo")
+    assert loaded.optimizer.betas == (0.9, 0.999)
+
+
+def test_overrides_address_tasks_by_name():
+    overrides = [("tasks.glyphs.samples_per_step", "128"), ("optimizer.lr", "1e-4")]
+    loaded = recipe.load("demo", overrides)
+    assert {task.name: task.samples_per_step for task in loaded.tasks} == {"digits": 64, "glyphs": 128}
+    assert loaded.optimizer.lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([("optimizer.speed", "3")], "unknown key optimizer.speed = 3: remove it"),
+        ([("tasks.glyphs.speed", "3")], "unknown key tasks.glyphs.speed = 3"),
+        ([("optimizer.lr", "fast")], "optimizer.lr = 'fast'"),
+        ([("schedule.steps", "0")], "schedule.steps = 0"),
+        ([("tasks.faces.weight", "1")], "no 'faces' there; known: digits, glyphs"),
+        ([("tasks.glyphs.identities_per_step", "48")], "glyphs: samples_per_step 64 is smaller than P x K = 48 x 2"),
+        ([("model.experts", "[embed]")], "model.experts lacks 'ffn'"),
+    ],
+)
+def test_wrong_values_end_in_one_line(overrides, message):
+    with pytest.raises(UserError) as caught:
+        recipe.load("demo", overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_recipe_names_those_that_exist():
+    with pytest.raises(UserError, match=r"no recipe 'dmeo'.*allinone_vit_l, demo"):
+        recipe.load("dmeo")

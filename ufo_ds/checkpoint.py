@@ -1,0 +1,217 @@
+"""Checkpoints on disk, free of any topology.
+
+A checkpoint is a directory ``step-00001000`` of one safetensors file per rank and ``index.json``. Each file holds flat
+fp32 slices under keys ``<parameter>|<kind>`` (kind: ``weight``, or an optimizer state such as ``exp_avg``); the index
+says which elements of which parameter they are, so that any number of ranks, and one task's extraction, read just the
+ranges they need. The directory is renamed into place last: what has its final name is whole.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ufo_ds.errors import UserError
+from ufo_ds.recipe import Recipe, parse
+
+INDEX = "index.json"
+VERSION = 1
+
+
+@dataclass
+class Parameter:
+    """``pieces``: (file number, first element, number of elements), tiling the flattened parameter."""
+
+    shape: list[int]
+    kinds: list[str] = field(default_factory=list)
+    pieces: list[tuple[int, int, int]] = field(default_factory=list)
+    scalars: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Index:
+    """All that a checkpoint says beside its tensors."""
+
+    step: int
+    recipe: dict[str, Any]
+    classes: dict[str, list[str]]  # per task, the names behind the head's rows
+    routes: dict[str, dict[str, list[str]]]
+    licences: dict[str, list[str]] = field(default_factory=dict)  # per task, of the images it was trained on
+    metrics: dict[str, float] = field(default_factory=dict)
+    files: list[dict[str, Any]] = field(default_factory=list)  # name, bytes, sha256
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+    buffers: dict[str, int] = field(default_factory=dict)  # name -> file number
+    version: int = VERSION
+
+
+class Reader:
+    """Reads tensors, or ranges of them, of one checkpoint.
+
+    Raises:
+        UserError: the directory is no checkpoint of this version, or a file has not the size the index says.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        try:
+            values = json.loads((directory / INDEX).read_text())
+            parameters = {name: Parameter(**p) for name, p in values.pop("parameters").items()}
+            self.index = Index(parameters=parameters, **values)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{directory} is no checkpoint: {error}") from None
+        if self.index.version != VERSION:
+            raise UserError(f"{directory}: version {self.index.version}, expected {VERSION}: train again")
+        for entry in self.index.files:
+            path = directory / entry["name"]
+            if not path.is_file() or path.stat().st_size != entry["bytes"]:
+                raise UserError(f"{path} is missing or cut short: delete {directory} to go on from the one before")
+        self._files: dict[int, Any] = {}
+
+    @property
+    def recipe(self) -> Recipe:
+        return parse(self.index.recipe, str(self.directory / INDEX))
+
+    def _slice(self, file: int, key: str, start: int, stop: int) -> Tensor:
+        if file not in self._files:
+            self._files[file] = safe_open(self.directory / self.index.files[file]["name"], "pt")
+        return self._files[file].get_slice(key)[start:stop]
+
+    def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
+        """Elements ``start .. stop`` of a flattened parameter's value (``weight``) or optimizer state."""
+        out = torch.empty(stop - start)
+        for file, first, length in self.index.parameters[name].pieces:
+            low, high = max(start, first), min(stop, first + length)
+            if low < high:
+                out[low - start : high - start] = self._slice(file, f"{name}|{kind}", low - first, high - first)
+        return out
+
+    def parameter(self, name: str) -> Tensor:
+        """A whole parameter, fp32."""
+        shape = torch.Size(self.index.parameters[name].shape)
+        return self.read(name, "weight", 0, shape.numel()).view(shape)
+
+    def buffer(self, name: str) -> Tensor:
+        return self._slice(self.index.buffers[name], name, 0, 2**62)
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Compare checksums of every ``parts``-th file.
+
+        Raises:
+            UserError: naming the file that changed since it was written.
+        """
+        for entry in self.index.files[part::parts]:
+            path = self.directory / entry["name"]
+            if sha256(path) != entry["sha256"]:
+                raise UserError(f"{path} changed since it was written: delete {self.directory} to use the one before")
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def find(directory: Path) -> list[Path]:
+    """Whole checkpoints of a directory, oldest first."""
+    return sorted(path.parent for path in directory.glob(f"step-*/{INDEX}"))
+
+
+def of_run(path: Path, which: str = "best") -> Path:
+    """The checkpoint that a run directory (or a checkpoint itself) stands for: the best, or the last.
+
+    Raises:
+        UserError: neither is there.
+    """
+    if (path / INDEX).is_file():
+        return path
+    everyone = find(path / "checkpoints")
+    if not everyone:
+        raise UserError(f"{path} is no run directory with a checkpoint: train with --run_dir {path} first")
+    best = read_best(path / "checkpoints")
+    if which == "best" and best is not None and (path / "checkpoints" / name_of(best[0])) in everyone:
+        return path / "checkpoints" / name_of(best[0])
+    return everyone[-1]
+
+
+def read_best(directory: Path) -> tuple[int, float] | None:
+    """Step and value of the best checkpoint."""
+    try:
+        values = json.loads((directory / "best.json").read_text())
+        return int(values["step"]), float(values["value"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def write_best(directory: Path, step: int, metric: str, value: float) -> None:
+    write_text(directory / "best.json", json.dumps({"step": step, "metric": metric, "value": value}) + "\n")
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Delete all but the ``keep`` newest checkpoints and the best one."""
+    best = read_best(directory)
+    for path in find(directory)[:-keep]:
+        if best is None or path.name != name_of(best[0]):
+            (path / INDEX).unlink()  # first of all: a checkpoint without its index is none
+            shutil.rmtree(path)
+
+
+def publish(unfinished: Path, index: Index, files: Iterable[dict[str, Any]]) -> Path:
+    """Write the index of a directory whose files are on disk, and give it its final name.
+
+    Raises:
+        RuntimeError: the pieces of a parameter do not tile it.
+    """
+    index.files = list(files)
+    for name, parameter in index.parameters.items():
+        parameter.pieces.sort(key=lambda piece: piece[1])
+        position = 0
+        for _, start, length in parameter.pieces:
+            if start != position:
+                raise RuntimeError(f"checkpoint: {name} has a gap or an overlap at element {position}")
+            position += length
+        if position != torch.Size(parameter.shape).numel():
+            raise RuntimeError(f"checkpoint: {name} ends at element {position} of {parameter.shape}")
+    write_text(unfinished / INDEX, json.dumps(asdict(index)))
+    final = unfinished.parent / name_of(index.step)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(unfinished, final)
+    _sync_directory(final.parent)
+    return final
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file as a whole, on disk when this returns."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def entry_of(path: Path) -> dict[str, Any]:
+    """Flush a written file to disk and describe it for the index."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+WRITE_ERRORS = (OSError, SafetensorError)

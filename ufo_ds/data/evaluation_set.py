@@ -1,0 +1,48 @@
+"""The images of a benchmark, in the order of its shards."""
+
+import numpy as np
+
+from ufo_ds.data.shards import ShardSet
+from ufo_ds.data.transforms import CorruptImage, evaluation_transform
+from ufo_ds.errors import UserError
+
+
+class EvaluationSet:
+    """Attributes:
+    label_names: the label of each sample, by name (ids of query and gallery compare by name).
+    camera_names: the camera of each sample, None where it has none.
+    pairs: int64 [M, 4] of fold, first sample, second sample, same identity (0 or 1); or None.
+    """
+
+    def __init__(self, shards: ShardSet):
+        self._shards = shards
+        self.label_names: list[str] = [shards.classes[label] for label in shards.labels]
+        self.camera_names: list[str | None] = [
+            shards.cameras[camera] if camera >= 0 else None for camera in shards.camera_ids
+        ]
+        self.pairs = shards.pairs
+
+    @classmethod
+    def open(cls, directory: str) -> "EvaluationSet":
+        """Open shards; for the errors see :meth:`ShardSet.open`."""
+        return cls(ShardSet.open(directory))
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def load(self, index: int, input_hw: tuple[int, int]) -> np.ndarray:
+        """Read one image.
+
+        Returns:
+            uint8 [3, H, W].
+
+        Raises:
+            UserError: it cannot be read; a benchmark with an image left out would be another benchmark.
+        """
+        try:
+            return evaluation_transform(self._shards.read(index), input_hw)
+        except CorruptImage as error:
+            raise UserError(
+                f"image {index} of {self._shards.directory} ({self.label_names[index]}) cannot be read ({error}): "
+                f"make the shards again with `ufo shards`"
+            ) from None

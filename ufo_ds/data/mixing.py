@@ -1,0 +1,127 @@
+"""Heterogeneous batches: in every micro-batch a fixed number of samples of each task, spread over the ranks.
+
+Which samples make up a global micro-batch is a function of its index alone; a rank reads a range of positions of it.
+So any split over ranks, any number of workers and any resumption give the same training.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ufo_ds.data.source import TrainSource
+from ufo_ds.errors import UserError
+
+
+@dataclass
+class TaskBatch:
+    """This rank's samples of one task.
+
+    Attributes:
+        images: uint8 [n, 3, H, W].
+        labels: int64 [n].
+        positions: int64 [n], of each sample in the task's global micro-batch.
+        global_count: samples of the task in the global micro-batch.
+    """
+
+    images: Tensor
+    labels: Tensor
+    positions: Tensor
+    global_count: int
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "TaskBatch":
+        images, labels, positions = (
+            tensor.to(device, non_blocking=non_blocking) for tensor in (self.images, self.labels, self.positions)
+        )
+        return TaskBatch(images, labels, positions, self.global_count)
+
+    def pin_memory(self) -> "TaskBatch":
+        return TaskBatch(
+            self.images.pin_memory(), self.labels.pin_memory(), self.positions.pin_memory(), self.global_count
+        )
+
+
+@dataclass
+class Batch:
+    """This rank's part of a micro-batch; ``skipped`` holds, per task, the indices of samples that were unreadable."""
+
+    step: int
+    micro_step: int
+    tasks: dict[str, TaskBatch]
+    skipped: dict[str, list[int]]
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
+        tasks = {name: part.to(device, non_blocking) for name, part in self.tasks.items()}
+        return Batch(self.step, self.micro_step, tasks, self.skipped)
+
+    def pin_memory(self) -> "Batch":
+        """Called by torch's DataLoader, by this name."""
+        tasks = {name: part.pin_memory() for name, part in self.tasks.items()}
+        return Batch(self.step, self.micro_step, tasks, self.skipped)
+
+
+class HeterogeneousBatches(Dataset[Batch]):
+    """This rank's part of every micro-batch, by index ``step * accumulation + micro_step``.
+
+    Args:
+        sources: training data by task.
+        samples: by task, the positions of its global micro-batch that this rank reads; a range may be empty.
+        accumulation: micro-batches per step.
+
+    Raises:
+        UserError: samples or identities per step that do not divide into the micro-batches.
+    """
+
+    def __init__(self, sources: dict[str, TrainSource], samples: dict[str, range], accumulation: int):
+        self.sources, self.samples, self.accumulation = sources, samples, accumulation
+        for name in samples:
+            task = sources[name].task
+            for key in ("samples_per_step", "identities_per_step"):
+                value = getattr(task, key)
+                if value and value % accumulation:
+                    raise UserError(
+                        f"task {name}: {key} {value} is not a multiple of gradient_accumulation_steps {accumulation}: "
+                        f"change one of them"
+                    )
+
+    def __getitem__(self, i: int) -> Batch:
+        step, micro_step = divmod(i, self.accumulation)
+        tasks: dict[str, TaskBatch] = {}
+        skipped: dict[str, list[int]] = {}
+        for name, positions in self.samples.items():
+            tasks[name], skipped[name] = self._task_batch(self.sources[name], positions, i)
+        return Batch(step, micro_step, tasks, skipped)
+
+    def _task_batch(self, source: TrainSource, positions: range, i: int) -> tuple[TaskBatch, list[int]]:
+        global_count = source.task.samples_per_step // self.accumulation
+        images = np.empty((len(positions), 3, *source.task.input), dtype=np.uint8)
+        labels = np.empty(len(positions), dtype=np.int64)
+        all_skipped = []
+        for n, position in enumerate(positions):
+            images[n], labels[n], skipped = source.load(i * global_count + position)
+            all_skipped += skipped
+        batch = TaskBatch(
+            torch.from_numpy(images), torch.from_numpy(labels), torch.tensor(positions, dtype=torch.int64), global_count
+        )
+        return batch, all_skipped
+
+
+def loader(dataset: HeterogeneousBatches, start: int, stop: int, workers: int, pin: bool) -> Iterator[Batch]:
+    """Batches ``start`` to ``stop - 1``, in order, read ahead by ``workers`` processes (0: when asked, in this one).
+
+    Each worker process has one torch thread, as torch sets it.
+    """
+    return iter(
+        DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=range(start, stop),
+            num_workers=workers,
+            pin_memory=pin,
+            # Without one of its own, DataLoader seeds its workers from torch's global generator, and so moves it.
+            generator=torch.Generator(),
+        )
+    )

@@ -1,0 +1,118 @@
+"""The training data of one task: its shard sets joined, its sample order, and the replacement of unreadable images."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ufo_ds.data.sampling import EpochOrder, PKOrder
+from ufo_ds.data.shards import ShardSet
+from ufo_ds.data.transforms import CorruptImage, training_transform
+from ufo_ds.errors import UserError
+from ufo_ds.recipe import Task
+from ufo_ds.seeding import numpy_generator
+
+
+class TrainSource:
+    """Samples of a task by draw index.
+
+    Attributes:
+        task: of the recipe.
+        classes: label names. A linear head joins the classes of its sets by name; for a margin head the identities of
+            each set stay apart, so a name may come twice.
+        num_classes: outputs of the head, at least ``len(classes)``.
+        labels: int64 [N], over all sets.
+    """
+
+    def __init__(self, task: Task, seed: int, sets: list[ShardSet]):
+        self.task, self.seed = task, seed
+        self.classes, labels = _join_labels(task, sets)
+        self.num_classes = task.num_classes or len(self.classes)
+        _check_range(task, self.num_classes, self.classes, sets, labels)
+        self.labels = np.concatenate(labels)
+        self._sets = sets
+        self._starts = np.cumsum([0] + [len(shards) for shards in sets])
+        self._by_label = np.argsort(self.labels, kind="stable")
+        self._order: EpochOrder | PKOrder
+        if task.identities_per_step:
+            self._order = PKOrder(self.labels, task.samples_per_step, task.identities_per_step, seed, task.name)
+        else:
+            self._order = EpochOrder(len(self.labels), seed, task.name)
+
+    @classmethod
+    def open(cls, task: Task, seed: int) -> "TrainSource":
+        """Open the shards of ``task.train``.
+
+        Raises:
+            UserError: no train set, shards that cannot be opened, a label beyond ``num_classes``, too few identities.
+        """
+        if not task.train:
+            raise UserError(f"task {task.name} has no train set: list shards under tasks.{task.name}.train")
+        return cls(task, seed, [ShardSet.open(entry.shards) for entry in task.train])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def index(self, draw: int) -> int:
+        """The sample of a draw; draws count from the start of training, over all ranks."""
+        return self._order.index(draw)
+
+    def load(self, draw: int) -> tuple[np.ndarray, int, list[int]]:
+        """Read and augment the sample of a draw.
+
+        An unreadable image is replaced by the next readable one of its label, or of any label if it has none.
+
+        Returns:
+            uint8 [3, H, W], its label, and the indices of the samples that could not be read.
+
+        Raises:
+            UserError: no image of the task can be read.
+        """
+        generator = numpy_generator(self.seed, "augment", self.task.name, draw)
+        skipped: list[int] = []
+        for index in self._candidates(self.index(draw)):
+            try:
+                pixels = training_transform(self._read(index), self.task.input, self.task.augment, generator)
+            except CorruptImage:
+                skipped.append(index)
+            else:
+                return pixels, int(self.labels[index]), skipped
+        raise UserError(f"task {self.task.name}: none of its {len(self)} images can be read: make its shards again")
+
+    def _read(self, index: int) -> bytes:
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._sets[number].read(index - int(self._starts[number]))
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        """The sample, then the others of its label, then all of other labels, each time cyclically from it on."""
+        yield index
+        label = self.labels[index]
+        start, stop = np.searchsorted(self.labels, [label, label + 1], sorter=self._by_label)
+        same = self._by_label[start:stop]  # ascending, as the sort is stable
+        later = np.searchsorted(same, index) + 1
+        yield from np.roll(same, -later)[:-1].tolist()
+        for other in range(index + 1, index + len(self)):
+            if self.labels[other % len(self)] != label:
+                yield other % len(self)
+
+
+def _join_labels(task: Task, sets: list[ShardSet]) -> tuple[list[str], list[np.ndarray]]:
+    """Class names of the task, and each set's labels as positions among them."""
+    if task.head.type == "margin":
+        offsets = np.cumsum([0] + [len(shards.classes) for shards in sets])
+        classes = [name for shards in sets for name in shards.classes]
+        return classes, [shards.labels + offset for shards, offset in zip(sets, offsets[:-1], strict=True)]
+    classes = sorted({name for shards in sets for name in shards.classes})
+    position = {name: label for label, name in enumerate(classes)}
+    return classes, [np.array([position[name] for name in shards.classes])[shards.labels] for shards in sets]
+
+
+def _check_range(
+    task: Task, num_classes: int, classes: list[str], sets: list[ShardSet], labels: list[np.ndarray]
+) -> None:
+    for shards, of_set in zip(sets, labels, strict=True):
+        largest = int(of_set.max())
+        if largest >= num_classes:
+            raise UserError(
+                f"task {task.name}: label out of range: {largest} ({classes[largest]!r}) in {shards.directory}, but "
+                f"num_classes is {num_classes}: raise it to {len(classes)} or leave it out"
+            )

@@ -1,0 +1,267 @@
+"""The Task-MoE vision transformer: a pre-norm ViT in which every unit has a shared copy and, where the recipe says so,
+one per task. Single-device code; ``parallel`` swaps the distributed expert layers in.
+
+A parameter's name says where it lives: ``blocks.7.ffn.shared.fc1.weight``, ``blocks.7.ffn.own.person.fc1.weight``,
+``heads.person.classifier.weight``.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ufo_ds.data.mixing import Batch
+from ufo_ds.errors import UserError
+from ufo_ds.model.experts import LEARNED, OWN, SHARED, RoutedUnit
+from ufo_ds.model.heads import TaskHead, TaskHeads
+from ufo_ds.model.layers import FFN, Attention, Embedding, Norm
+from ufo_ds.model.packing import Segment, concatenate, patchify, split
+from ufo_ds.model.router import Choice, Router, Weights
+from ufo_ds.model.spec import UNITS, SubnetSpec, routes_of
+from ufo_ds.recipe import Backbone, Recipe, Size
+from ufo_ds.seeding import torch_generator
+
+
+@dataclass
+class Features:
+    """What the backbone returns: ``cls_BD`` (class tokens after the last norm) and all ``tokens_ND``."""
+
+    segments: list[Segment]
+    tokens_ND: Tensor
+    cls_BD: Tensor
+
+    def grid(self, index: int) -> Tensor:
+        """The feature map ``[B, D, h, w]`` of a segment, for heads that need one."""
+        segment = self.segments[index]
+        x_BLD = split(self.tokens_ND, self.segments)[index].unflatten(0, (segment.images, segment.tokens))
+        return x_BLD[:, segment.prefix :].unflatten(1, segment.grid_hw).permute(0, 3, 1, 2)
+
+
+Build = Callable[[str, int, Callable[[str | None], nn.Module]], RoutedUnit]  # (unit, layer, make)
+
+
+class Block(nn.Module):
+    """One transformer block; both norms share the route of the unit ``norm``."""
+
+    def __init__(self, build: Build, layer: int, backbone: Backbone):
+        super().__init__()
+        dim, eps = backbone.dim, backbone.layer_norm_eps
+        self.layer = layer
+        self.norm1 = build("norm", layer, lambda _: Norm(dim, eps=eps))
+        self.attn = build("attn", layer, lambda _: Attention(dim, backbone.heads))
+        self.norm2 = build("norm", layer, lambda _: Norm(dim, eps=eps))
+        self.ffn = build("ffn", layer, lambda _: FFN(dim, round(dim * backbone.mlp_ratio)))
+
+    def forward(
+        self, x_ND: Tensor, segments: Sequence[Segment], weights: Weights, drop_path_N2: Tensor | None
+    ) -> Tensor:
+        i = self.layer
+        y_ND = self.norm1(x_ND, segments, weights.get(("norm", i)))
+        y_ND = self.attn(y_ND, segments, weights.get(("attn", i)))
+        x_ND = x_ND + (y_ND if drop_path_N2 is None else y_ND * drop_path_N2[:, :1].to(y_ND.dtype))
+        y_ND = self.norm2(x_ND, segments, weights.get(("norm", i)))
+        y_ND = self.ffn(y_ND, segments, weights.get(("ffn", i)))
+        return x_ND + (y_ND if drop_path_N2 is None else y_ND * drop_path_N2[:, 1:].to(y_ND.dtype))
+
+
+class Supernet(nn.Module):
+    """All tasks of a recipe.
+
+    Args:
+        recipe: what to build.
+        num_classes: classes of every task's head; a task that is not there gets no head.
+    """
+
+    def __init__(self, recipe: Recipe, num_classes: Mapping[str, int]):
+        super().__init__()
+        self.recipe = recipe
+        model, backbone = recipe.model, recipe.model.backbone
+        self.tasks = {task.name: task for task in recipe.tasks}
+        self.routes = {name: routes_of(recipe, name) for name in self.tasks}
+        self.register_buffer("mean", torch.tensor(recipe.data.mean)[:, None, None] * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(recipe.data.std)[:, None, None] * 255, persistent=False)
+
+        def build(unit: str, layer: int, make: Callable[[str | None], nn.Module]) -> RoutedUnit:
+            routes = {name: self.routes[name][unit][layer] for name in self.tasks}
+            return RoutedUnit(make, list(self.tasks) if unit in model.experts else [], routes)
+
+        shared_input = model.input or recipe.tasks[0].input
+        self.embed = build("embed", 0, lambda name: Embedding(
+            backbone.patch_size, backbone.dim, self.grid_hw(shared_input if name is None else self.tasks[name].input)
+        ))  # fmt: skip
+        self.blocks = nn.ModuleList(Block(build, i, backbone) for i in range(backbone.depth))
+        self.norm = build("norm", backbone.depth, lambda _: Norm(backbone.dim, eps=backbone.layer_norm_eps))
+        self.heads = TaskHeads({
+            name: TaskHead(task.head.type, backbone.dim, num_classes[name], task.loss)
+            for name, task in self.tasks.items() if name in num_classes
+        })  # fmt: skip
+        self.router = Router(self._learned_choices(), model.router.temperature, recipe.seed)
+
+    def grid_hw(self, size: Size) -> tuple[int, int]:
+        patch = self.recipe.model.backbone.patch_size
+        return size[0] // patch, size[1] // patch
+
+    # --- routes ---------------------------------------------------------------------------------------------------
+
+    def _learned_choices(self) -> dict[str, list[Choice]]:
+        return {
+            name: [(unit, i) for unit in UNITS for i, route in enumerate(routes[unit]) if route == LEARNED]
+            for name, routes in self.routes.items()
+        }
+
+    @property
+    def learns_routes(self) -> bool:
+        return any(self._learned_choices().values())
+
+    def set_routes(self, routes: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
+        """Replace the routes of the given tasks, as freezing and loading do."""
+        for name, by_unit in routes.items():
+            self.routes[name] = {unit: tuple(by_unit[unit]) for unit in UNITS}
+        depth = len(self.blocks)
+        for unit, layer, module in [
+            ("embed", 0, self.embed),
+            ("norm", depth, self.norm),
+            *((unit, i, getattr(block, attribute)) for i, block in enumerate(self.blocks)
+              for unit, attribute in (("norm", "norm1"), ("norm", "norm2"), ("attn", "attn"), ("ffn", "ffn"))),
+        ]:  # fmt: skip
+            module.routes.update({name: self.routes[name][unit][layer] for name in routes})
+
+    def decided_routes(self, own_is_likelier: Mapping[str, Sequence[bool]]) -> dict[str, dict[str, tuple[str, ...]]]:
+        """Every task's routes with the learned ones decided; ``own_is_likelier[task]`` is in the router's order."""
+        decided = {}
+        for name, choices in self._learned_choices().items():
+            routes = {unit: list(layers) for unit, layers in self.routes[name].items()}
+            if choices:
+                rows = dict(zip(self.router.choices[name], own_is_likelier[name], strict=True))
+                for unit, layer in choices:
+                    routes[unit][layer] = OWN if rows[unit, layer] else SHARED
+            decided[name] = {unit: tuple(layers) for unit, layers in routes.items()}
+        return decided
+
+    def spec(self, task: str) -> SubnetSpec:
+        """The dense path of a task; learned routes must have been decided.
+
+        Raises:
+            UserError: the model has no such task.
+        """
+        if task not in self.tasks:
+            raise UserError(f"no task {task!r} in this model; it has {', '.join(self.tasks)}")
+        assert not any(LEARNED in layers for layers in self.routes[task].values())
+        return SubnetSpec(task, self.routes[task])
+
+    # --- forward --------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        """Training: per task and loss, the sum over this process's samples / the task's global count.
+        Evaluation: per task ``embedding`` [B, D] and ``logits`` [B, C]."""
+        weights_R2 = None
+        if self.learns_routes:
+            weights_R2 = self.router(batch.step if self.training else None)
+        drop_path = self._drop_path(batch) if self.training and self.recipe.model.drop_path else None
+        features = self.backbone({name: task.images for name, task in batch.tasks.items()}, weights_R2, drop_path)
+        rows = [segment.per_image() for segment in features.segments]
+        if not self.training:
+            return self.heads(features.cls_BD, rows)
+        return self.heads(
+            features.cls_BD,
+            rows,
+            {name: task.labels for name, task in batch.tasks.items()},
+            {name: task.global_count for name, task in batch.tasks.items()},
+        )
+
+    def backbone(
+        self, images: Mapping[str, Tensor], weights_R2: Tensor | None = None, drop_path_B: Tensor | None = None
+    ) -> Features:
+        """Features of uint8 images ``[B, 3, H, W]`` of each task.
+
+        Args:
+            weights_R2: the router's output, where routes are learned.
+            drop_path_B: ``[B, depth, 2]`` factors of the residual branches.
+        """
+        weights = {} if weights_R2 is None else self.router.by_choice(weights_R2)
+        segments, patches = [], []
+        for name, image in images.items():
+            grid = self.grid_hw((image.shape[2], image.shape[3]))
+            segments.append(Segment(name, len(image), 1 + grid[0] * grid[1], grid))
+            patches.append(self._patches(image))
+        if not patches:  # a process without any task takes part in every call all the same
+            patches.append(self._patches(torch.empty(0, 3, *self.recipe.tasks[0].input)))
+        x_ND = self.embed(torch.cat(patches), segments, weights.get(("embed", 0)))
+        drop_path_N = None
+        if drop_path_B is not None:
+            by_segment = drop_path_B.split([s.images for s in segments])
+            drop_path_N = concatenate(
+                [d.repeat_interleave(s.tokens, dim=0) for d, s in zip(by_segment, segments, strict=True)], drop_path_B
+            )
+        for i, block in enumerate(self.blocks):
+            x_ND = block(x_ND, segments, weights, None if drop_path_N is None else drop_path_N[:, i])
+        x_ND = self.norm(x_ND, segments, weights.get(("norm", len(self.blocks))))
+        cls_BD = concatenate([x[:: s.tokens] for x, s in zip(split(x_ND, segments), segments, strict=True)], x_ND)
+        if weights_R2 is not None:
+            cls_BD = cls_BD + 0.0 * weights_R2.sum()  # a process without samples of a task still has its gradient
+        return Features(segments, x_ND, cls_BD)
+
+    def _patches(self, images: Tensor) -> Tensor:
+        weight = next(self.parameters())
+        pixels = (images.to(weight.device).float() - self.mean) / self.std
+        return patchify(pixels, self.recipe.model.backbone.patch_size).to(weight.dtype)
+
+    def _drop_path(self, batch: Batch) -> Tensor:
+        """Factors ``[B, depth, 2]`` of the residual branches: 0 or 1 / keep (Huang et al., 2016).
+
+        Drawn for the task's whole micro-batch by (seed, step, task), so that a sample's draw does not depend on the
+        process that holds it.
+        """
+        depth = len(self.blocks)
+        keep_L1 = 1.0 - self.recipe.model.drop_path * torch.arange(depth)[:, None] / max(depth - 1, 1)
+        factors = []
+        for name, task in batch.tasks.items():
+            generator = torch_generator(self.recipe.seed, "drop_path", batch.step, batch.micro_step, name)
+            draws = torch.rand(task.global_count, depth, 2, generator=generator)
+            factors.append(((draws < keep_L1) / keep_L1)[task.positions])
+        drawn = concatenate(factors, like=torch.empty(0, depth, 2))
+        return drawn.to(next(self.parameters()).device, non_blocking=True)
+
+
+Pretrained = Callable[[str, torch.Size], Tensor | None]
+
+
+def init_weights(model: Supernet, device: torch.device | str = "cpu", pretrained: Pretrained | None = None) -> None:
+    """Give every parameter its initial value, drawn by (seed, name): the same wherever and whenever it is built.
+
+    Own copies start as the shared copy does (with their task's own grid), so that the routes differ by what is
+    learned, not by the draw.
+
+    Args:
+        model: on the meta device.
+        pretrained: ``(name, shape)`` -> the value to start from, or None where there is none.
+    """
+    model.to_empty(device=device)
+    recipe = model.recipe
+    stds = {f"heads.{task.name}.classifier.weight": task.head.init_std for task in recipe.tasks}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            value = pretrained(name, parameter.shape) if pretrained else None
+            if value is None:
+                value = initial_value(name, parameter.shape, recipe.seed, stds.get(name, 0.02))
+            parameter.copy_(value)
+        for module in model.modules():
+            if hasattr(module, "running_mean"):
+                module.running_mean.zero_()
+                module.running_var.fill_(1.0)
+        model.mean.copy_(torch.tensor(recipe.data.mean)[:, None, None] * 255)
+        model.std.copy_(torch.tensor(recipe.data.std)[:, None, None] * 255)
+
+
+def initial_value(name: str, shape: torch.Size, seed: int, std: float = 0.02) -> Tensor:
+    """Norms 1, biases and the router's logits 0, all else a normal cut at two standard deviations (as ViTs are)."""
+    parts = name.split(".")
+    unit = parts[2] if parts[0] in ("blocks", "heads") else parts[0]
+    if unit == "router" or parts[-1] == "bias":
+        return torch.zeros(shape)
+    if unit in ("norm", "norm1", "norm2", "neck"):
+        return torch.ones(shape)
+    generator = torch_generator(seed, "init", re.sub(r"\.own\.[a-z0-9_]+\.", ".shared.", name))
+    return nn.init.trunc_normal_(torch.empty(shape), std=std, a=-2 * std, b=2 * std, generator=generator)

@@ -1,0 +1,64 @@
+"""Collectives that gradients flow through, for uneven numbers of rows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ufo_ds.model.heads import HolderGroup
+from ufo_ds.parallel.placement import share
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        y = x.clone()
+        dist.all_reduce(y, group=group)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        grad = grad.clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.splits, ctx.group = (send, receive), group
+        y = x.new_empty(sum(receive), *x.shape[1:])
+        dist.all_to_all_single(y, x.contiguous(), list(receive), list(send), group=group)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
+        send, receive = ctx.splits
+        return _AllToAll.apply(grad, receive, send, ctx.group), None, None, None
+
+
+def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """Send ``send[i]`` rows of ``x`` to rank i of the group and get ``receive[i]`` rows from it, in rank order."""
+    return _AllToAll.apply(x, send, receive, group)
+
+
+class RankGroup(HolderGroup):
+    """The ranks that hold a task's head and samples.
+
+    Gradients of both collectives are summed over the ranks, as if one process had computed the sum of all losses.
+    """
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return _AllReduce.apply(x, self.group)
+
+    def all_gather(self, x: Tensor, total: int) -> Tensor:
+        size = dist.get_world_size(self.group)
+        counts = [len(share(range(total), size, part)) for part in range(size)]
+        # Every rank sends its rows to all: an all-to-all, whose backward sums what the ranks send back.
+        return all_to_all(torch.cat([x] * size), [len(x)] * size, counts, self.group)

@@ -1,0 +1,156 @@
+"""The DeepSpeed JSON: values of ``"auto"`` are filled in, explicit ones that contradict the recipe are refused.
+
+Two keys are read here and not by DeepSpeed: ``expert_parallel.autoep_size`` (a number or "auto") and
+``expert_parallel.exchange`` (how samples come to the ranks that own their experts: "aligned", "input" or "layer").
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ufo_ds.errors import UserError
+from ufo_ds.parallel.placement import largest_ep_size
+from ufo_ds.recipe import Recipe
+
+EXCHANGES = ("aligned", "input", "layer")
+
+# With parameters of different sizes at the same position of different ranks (heads, embeddings), whatever ZeRO-3
+# decides by size must be off, or ranks decide differently and hang.
+_SIZE_BLIND = {
+    "overlap_comm": False,
+    "sub_group_size": 10**15,
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_param_persistence_threshold": 0,
+    "stage3_model_persistence_threshold": 10**15,
+    "stage3_max_live_parameters": 10**15,
+    "stage3_max_reuse_distance": 10**15,
+}
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """``deepspeed`` is what ``deepspeed.initialize`` gets."""
+
+    deepspeed: dict[str, Any]
+    ep_size: int
+    exchange: str
+    accumulation: int
+    stage: int
+    bf16: bool
+
+
+def load(path: str) -> dict[str, Any]:
+    """Read a DeepSpeed JSON.
+
+    Raises:
+        UserError: no such file, or not a JSON object.
+    """
+    try:
+        values = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"--deepspeed {path}: no such file; ds_configs/moe.json is a start") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--deepspeed {path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--deepspeed {path}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+def resolve(values: dict[str, Any], source: str, recipe: Recipe, world_size: int) -> DistributedConfig:
+    """Fill in what is "auto" and check the rest against the recipe.
+
+    Raises:
+        UserError: two explicit values that disagree (both are named), or a value out of range.
+    """
+
+    def take(section: dict[str, Any], key: str, auto: Any) -> Any:
+        value = section.get(key, "auto")
+        return auto if value == "auto" else value
+
+    def agree(name: str, found: Any, wanted: Any, meaning: str) -> None:
+        if found != wanted:
+            raise UserError(f'{source}: {name} is {found}, but {meaning} is {wanted}: make them equal, or say "auto"')
+
+    values = json.loads(json.dumps(values))  # a copy of its own
+    accumulation = _positive(take(values, "gradient_accumulation_steps", 1), "gradient_accumulation_steps", source)
+    samples = sum(task.samples_per_step for task in recipe.tasks)
+    agree("train_batch_size", take(values, "train_batch_size", samples), samples, "the recipe's samples per step")
+    per_rank = samples / (accumulation * world_size)
+    agree(
+        "train_micro_batch_size_per_gpu",
+        take(values, "train_micro_batch_size_per_gpu", per_rank),
+        per_rank,
+        f"{samples} samples per step / {accumulation} micro-batches / {world_size} ranks",
+    )
+    clipping = recipe.optimizer.gradient_clipping
+    agree("gradient_clipping", take(values, "gradient_clipping", clipping), clipping, "optimizer.gradient_clipping")
+    _check_optimizer(values.pop("optimizer", None), source, recipe, agree)
+    if "scheduler" in values:
+        raise UserError(f"{source}: remove the key scheduler: the recipe's schedule is used")
+    if take(values.get("fp16", {}), "enabled", False):
+        raise UserError(f"{source}: fp16.enabled is true: use bf16, loss scaling is not supported")
+
+    experts = values.pop("expert_parallel", {})
+    ep_size = _positive(
+        take(experts, "autoep_size", largest_ep_size(len(recipe.tasks), world_size)), "autoep_size", source
+    )
+    if world_size % ep_size:
+        raise UserError(
+            f"{source}: expert_parallel.autoep_size {ep_size} does not divide the {world_size} ranks: "
+            'use a divisor, or "auto"'
+        )
+    exchange = take(experts, "exchange", "aligned")
+    if exchange not in EXCHANGES:
+        raise UserError(f"{source}: expert_parallel.exchange {exchange!r}: use one of {', '.join(EXCHANGES)}")
+
+    zero = dict(values.get("zero_optimization", {}))
+    stage = take(zero, "stage", 3)
+    if stage not in (1, 2, 3):
+        raise UserError(f"{source}: zero_optimization.stage {stage!r}: use 1, 2 or 3")
+    for key, value in _SIZE_BLIND.items():
+        if key in zero or stage == 3:
+            zero[key] = take(zero, key, value)
+    zero["stage"] = stage
+    bf16 = bool(take(values.get("bf16", {}), "enabled", torch.cuda.is_available()))
+    values |= {
+        # DeepSpeed wants equal batches on all ranks; ours differ, so it is told about one item per rank. The losses
+        # carry their own normalisation.
+        "train_batch_size": accumulation * world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clipping,
+        "bf16": {**values.get("bf16", {}), "enabled": bf16},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": values.get("steps_per_print", 10**9),
+    }
+    return DistributedConfig(values, ep_size, exchange, accumulation, stage, bf16)
+
+
+def _positive(value: Any, name: str, source: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{source}: {name} is {value!r}: use a positive whole number")
+    return value
+
+
+def _check_optimizer(section: Any, source: str, recipe: Recipe, agree: Any) -> None:
+    """The recipe's optimizer is used; a section in the JSON may repeat it but not contradict it."""
+    if section is None:
+        return
+    optimizer = recipe.optimizer
+    known = {
+        "lr": optimizer.lr,
+        "weight_decay": optimizer.weight_decay,
+        "betas": list(optimizer.betas),
+        "momentum": optimizer.momentum,
+    }
+    name = str(section.get("type", "auto")).lower()
+    if name != "auto":
+        agree("optimizer.type", name, optimizer.type, "optimizer.type of the recipe")
+    for key, value in section.get("params", {}).items():
+        if value != "auto" and key in known:
+            agree(f"optimizer.params.{key}", value, known[key], f"optimizer.{key} of the recipe")

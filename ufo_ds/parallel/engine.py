@@ -1,0 +1,224 @@
+"""The supernet on several ranks: built, spread by DeepSpeed (expert parallelism + ZeRO), and stepped."""
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups, safe_get_full_fp32_param
+from torch import Tensor
+
+from ufo_ds.data.mixing import Batch
+from ufo_ds.model.supernet import Supernet, init_weights
+from ufo_ds.parallel.batches import exchange_samples
+from ufo_ds.parallel.config import DistributedConfig
+from ufo_ds.parallel.experts import EMPTY, mark_experts, parallelize
+from ufo_ds.parallel.placement import Placement, place
+from ufo_ds.recipe import Recipe
+
+_OWNED = re.compile(rf"(?:\.own|^heads)\.(?P<slot>{EMPTY}\d+|[a-z][a-z0-9_]*)\.")
+
+
+def init_distributed() -> tuple[int, int]:
+    """Join the job (deepspeed, torchrun, accelerate or srun started it; one process needs nothing). (rank, world)."""
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    if "SLURM_PROCID" in os.environ and "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        os.environ |= {
+            "RANK": os.environ["SLURM_PROCID"],
+            "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+            "WORLD_SIZE": os.environ["SLURM_NTASKS"],
+        }
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ.setdefault("MASTER_PORT", "0")
+    if not dist.is_initialized():
+        deepspeed.init_distributed(verbose=False)
+    return dist.get_rank(), dist.get_world_size()
+
+
+class Engine:
+    """This rank's part of a run.
+
+    Args:
+        recipe: what is trained.
+        config: how it is spread.
+        num_classes: classes of every task's head.
+        pretrained: ``(name, shape) -> tensor or None``, initial values that replace the drawn ones.
+    """
+
+    def __init__(self, recipe: Recipe, config: DistributedConfig, num_classes: Mapping[str, int], pretrained=None):
+        self.recipe, self.config = recipe, config
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.placement = place([task.name for task in recipe.tasks], self.world_size, config.ep_size)
+        self.samples = {task.name: task.samples_per_step // config.accumulation for task in recipe.tasks}
+        groups._create_expert_and_data_parallel(config.ep_size)
+        with torch.device("meta"):
+            model = Supernet(recipe, num_classes)
+        parallelize(model, self.placement, self.rank, self.samples, config.exchange)
+        init_weights(model, pretrained=pretrained)
+        mark_experts(model)
+        self.model = model
+        self.deepspeed = self._initialize()
+        self.device = self.deepspeed.device
+        self._assert_alike()
+
+    # --- construction ---------------------------------------------------------------------------------------------
+
+    def _initialize(self) -> deepspeed.DeepSpeedEngine:
+        config = dict(self.config.deepspeed)
+        zero = config["zero_optimization"] = dict(config["zero_optimization"])
+        if zero.get("reduce_bucket_size", "auto") == "auto":
+            # One bucket for the whole model: where ranks hold different sizes, buckets would fill at different times.
+            size = torch.tensor(sum(p.numel() for p in self.model.parameters()), device=_device())
+            dist.all_reduce(size, op=dist.ReduceOp.MAX)
+            zero["reduce_bucket_size"] = int(size)
+        options: dict[str, Any] = {"lr": self.recipe.optimizer.lr}
+        if self.recipe.optimizer.type == "adamw":
+            optimizer_class: type = torch.optim.AdamW
+            options |= {"betas": self.recipe.optimizer.betas, "fused": False, "foreach": False}
+        else:
+            optimizer_class = torch.optim.SGD
+            options |= {"momentum": self.recipe.optimizer.momentum, "foreach": False}
+        engine, *_ = deepspeed.initialize(
+            model=self.model, optimizer=optimizer_class(self._parameter_groups(), **options), config=config
+        )
+        return engine
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Per slot (and for all shared parameters) one group with weight decay and up to two without, in the same
+        number and order on all ranks. ``lr_scale`` is the task's, times that of biases."""
+        optimizer, scales = self.recipe.optimizer, {task.name: task.lr_scale for task in self.recipe.tasks}
+        slots = [*self.placement.tasks_of[self.placement.ep_rank(self.rank)]]
+        slots += [f"{EMPTY}{i}" for i in range(len(slots), self.placement.slots)]
+        found: dict[tuple[str | None, str], list[torch.nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            match = _OWNED.search(name)
+            kind = "bias" if name.endswith(".bias") else "matrix" if _decays(name) else "vector"
+            found.setdefault((match["slot"] if match else None, kind), []).append(parameter)
+        result = []
+        for slot in [None, *slots]:
+            for kind in ("matrix", "vector", "bias"):
+                if (slot, kind) not in found:
+                    continue
+                scale = (scales.get(slot, 1.0) if slot else 1.0) * (optimizer.bias_lr_scale if kind == "bias" else 1.0)
+                result.append({
+                    "params": found[slot, kind],
+                    "lr": optimizer.lr * scale,
+                    "lr_scale": scale,
+                    "weight_decay": optimizer.weight_decay if kind == "matrix" else 0.0,
+                    "name": f"ep_size_{self.placement.ep_size}" if slot else f"shared_{kind}",
+                    "moe": slot is not None,
+                })  # fmt: skip
+        return result
+
+    def _assert_alike(self) -> None:
+        """Ranks that differ in the number of modules, parameter groups or sub-groups would hang in a collective."""
+        optimizer = self.deepspeed.optimizer
+        mine: list[Any] = [
+            len(list(self.model.modules())),
+            len(list(self.model.parameters())),
+            len(optimizer.param_groups),
+        ]
+        if self.config.stage == 3:
+            zero = self.config.deepspeed["zero_optimization"]
+            mine.append(len(optimizer.fp16_groups))
+            if zero["stage3_prefetch_bucket_size"]:
+                mine.append([int(p.ds_numel) for p in self.model.parameters()])
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, mine)
+        if any(other != everyone[0] for other in everyone):
+            raise RuntimeError(f"ranks differ in modules, parameters, groups, sub-groups or sizes: {everyone}")
+
+    # --- steps ----------------------------------------------------------------------------------------------------
+
+    def positions(self) -> dict[str, range]:
+        """The positions of each task's global micro-batch that this rank's loader reads."""
+        if self.config.exchange == "aligned":
+            return self.placement.owned(self.rank, self.samples)
+        return self.placement.read_evenly(self.rank, self.samples)
+
+    def step(self, batches: Iterable[Batch], learning_rate: float) -> dict[str, dict[str, Tensor]]:
+        """One optimizer step over ``accumulation`` micro-batches.
+
+        Returns:
+            This rank's part of the mean losses, per task and loss; parts add up over ranks (:meth:`mean_losses`).
+        """
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate * group["lr_scale"]
+        parts: dict[str, dict[str, Tensor]] = {}
+        for batch in batches:
+            for task, losses in self._backward(batch).items():
+                mine = parts.setdefault(task, {})
+                for name, value in losses.items():
+                    mine[name] = mine.get(name, 0.0) + value.detach() / self.config.accumulation
+            self.deepspeed.step()
+        if self.config.stage == 3:
+            # A parameter without a gradient in the next step (of a unit that no route uses) would have this one
+            # applied again: ZeRO-3 only ever overwrites the buffer.
+            self.deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
+        return parts
+
+    def _backward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        batch = batch.to(self.device)
+        if self.config.exchange == "input" and self.placement.ep_size > 1:
+            batch = exchange_samples(batch, self.placement, self.rank, self.samples)
+        losses = self.deepspeed(batch)
+        weights = {task.name: task.weight for task in self.recipe.tasks}
+        total = torch.stack([
+            weights.get(task, 1.0) * value for task, values in losses.items() for value in values.values()
+        ]).sum()  # fmt: skip
+        # ZeRO averages gradients over all ranks, experts' too; the losses are already parts of a global mean.
+        self.deepspeed.backward(total * self.world_size)
+        return {task: values for task, values in losses.items() if not task.startswith(EMPTY)}
+
+    def mean_losses(self, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, float]]:
+        """Global mean losses of a step, the same on every rank."""
+        keys = [
+            (task.name, loss)
+            for task in self.recipe.tasks
+            for loss in ("cross_entropy", "cosface", "triplet")
+            if getattr(task.loss, loss) is not None
+        ]
+        values = torch.stack([
+            parts.get(task, {}).get(loss, torch.zeros((), device=self.device)).float() for task, loss in keys
+        ])  # fmt: skip
+        dist.all_reduce(values)
+        result: dict[str, dict[str, float]] = {}
+        for (task, loss), value in zip(keys, values.tolist(), strict=True):
+            result.setdefault(task, {})[loss] = value
+        return result
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """Global norm of the last step's gradient, before clipping."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    # --- routes ---------------------------------------------------------------------------------------------------
+
+    def freeze_routes(self) -> dict[str, dict[str, tuple[str, ...]]]:
+        """Decide every learned route for its more probable branch, on all ranks alike."""
+        own = {}
+        for task, parameter in self.model.router.logits.items():
+            logits_R2 = safe_get_full_fp32_param(parameter)
+            own[task] = (logits_R2[:, 1] > logits_R2[:, 0]).tolist()
+        decided = self.model.decided_routes(own)
+        self.model.set_routes(decided)
+        return decided
+
+
+def _decays(name: str) -> bool:
+    """Whether weight decay applies: to matrices, not to norms, necks, embeddings' tokens or the router."""
+    parts = name.split(".")
+    return parts[-1] == "weight" and not any(part.startswith(("norm", "neck")) for part in parts) and parts[0] != "router"
+
+
+def _device() -> torch.device:
+    accelerator = get_accelerator()
+    return torch.device(accelerator.current_device_name())

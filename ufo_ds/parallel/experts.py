@@ -1,0 +1,182 @@
+"""The expert-parallel layers that replace the single-device ones, and the marks by which DeepSpeed knows them.
+
+Deriving from ``AutoEPMoELayer`` is what makes DeepSpeed (0.19.8) create expert gradients' groups at every ZeRO stage;
+nothing else of that class is used. All ranks must have the same modules and parameters in the same order, so a rank
+with fewer tasks than another has empty slots: modules like those in the same slot of the fullest rank, called on no
+rows. They cost what the fullest rank's cost, and it sets the memory of the job anyhow.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from ufo_ds.model.experts import RoutedUnit, TaskExperts
+from ufo_ds.model.heads import TaskHead, TaskHeads
+from ufo_ds.model.packing import Segment, concatenate, split
+from ufo_ds.model.supernet import Supernet
+from ufo_ds.parallel.collectives import RankGroup, all_to_all
+from ufo_ds.parallel.placement import Placement
+
+EMPTY = "EMPTY"  # prefix of an empty slot's module name; no task can have it
+
+
+@dataclass
+class LayerExchange:
+    """Sends rows to the ranks that own their task and results back, at every expert layer (``exchange: layer``).
+
+    ``images[e][task]`` is how many images expert-parallel rank e of this group reads, constant over the run, so no
+    counts are ever sent.
+    """
+
+    placement: Placement
+    images: list[dict[str, int]]
+    ep_rank: int
+    group: dist.ProcessGroup
+
+    def dispatch(self, x_ND: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, list[Segment]]:
+        """Rows of all tasks read here -> rows of the own tasks read anywhere in the group."""
+        mine, send, receive = self._plan(segments)
+        y_ND = all_to_all(x_ND, send, receive, self.group)
+        by_reader = self._sizes(mine)  # [reader][task]
+        pieces = torch.split(y_ND, [rows for reader in by_reader for rows in reader])
+        order = [pieces[reader * len(mine) + i] for i in range(len(mine)) for reader in range(self.placement.ep_size)]
+        local = [
+            Segment(s.task, sum(read[s.task] for read in self.images), s.tokens, s.grid_hw, s.prefix) for s in mine
+        ]
+        return concatenate(order, y_ND), local
+
+    def combine(self, y_ND: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """The way back of :meth:`dispatch`."""
+        mine, send, receive = self._plan(segments)
+        by_reader = self._sizes(mine)
+        pieces = torch.split(y_ND, [reader[i] for i in range(len(mine)) for reader in by_reader])
+        size = self.placement.ep_size
+        order = [pieces[i * size + reader] for reader in range(size) for i in range(len(mine))]
+        return all_to_all(concatenate(order, y_ND), receive, send, self.group)
+
+    def _plan(self, segments: Sequence[Segment]) -> tuple[list[Segment], list[int], list[int]]:
+        owners = self.placement.tasks_of
+        mine = [s for s in segments if s.task in owners[self.ep_rank]]
+        send = [sum(s.rows for s in segments if s.task in tasks) for tasks in owners]
+        return mine, send, [sum(rows) for rows in self._sizes(mine)]
+
+    def _sizes(self, mine: Sequence[Segment]) -> list[list[int]]:
+        return [[read[s.task] * s.tokens for s in mine] for read in self.images]
+
+
+class _ExpertParallel(AutoEPMoELayer):
+    """Slots of this rank: a module per owned task, and empty ones up to the number of the fullest rank."""
+
+    def __init__(self, modules: nn.ModuleDict, placement: Placement, rank: int, exchange: LayerExchange | None):
+        nn.Module.__init__(self)  # not AutoEP's, which would convert a Hugging Face MoE block
+        self.exchange = exchange
+        self.ep_size = placement.ep_size
+        self.ep_rank = placement.ep_rank(rank)
+        self.ep_group_name = f"ep_size_{placement.ep_size}"
+        self.num_experts = len(modules)
+        self.num_local_experts = placement.slots
+        owned = placement.tasks_of[self.ep_rank]
+        self.slots = [*owned, *(f"{EMPTY}{i}" for i in range(len(owned), placement.slots))]
+        for i, name in enumerate(self.slots):
+            module = modules[name] if name in owned else copy.deepcopy(modules[placement.template(i)])
+            self.add_module(name, module)
+
+    def set_deepspeed_parallelism(self, *args, **kwargs) -> None:
+        """The groups exist before the model is built."""
+
+
+class ExpertParallelUnits(_ExpertParallel):
+    """The own copies of a unit that live on this rank; stands in for :class:`TaskExperts`."""
+
+    def forward(self, x_ND: Tensor, segments: Sequence[Segment]) -> Tensor:
+        exchange = self.exchange if self.training else None
+        rows_ND, local = (x_ND, segments) if exchange is None else exchange.dispatch(x_ND, segments)
+        rows = {s.task: (x, [s]) for x, s in zip(split(rows_ND, local) if local else [], local, strict=True)}
+        # Every slot is called, in its order and even without rows: ranks must not differ in what they call.
+        results = {slot: getattr(self, slot)(*rows.get(slot, (rows_ND[:0], []))) for slot in self.slots}
+        unused = [y for slot, y in results.items() if slot not in rows]
+        y_ND = torch.cat([*(results[s.task] for s in local), *unused])
+        return y_ND if exchange is None else exchange.combine(y_ND, segments)
+
+
+class ExpertParallelHeads(_ExpertParallel):
+    """The heads of this rank's tasks; stands in for :class:`TaskHeads`."""
+
+    def __init__(self, modules: nn.ModuleDict, placement: Placement, rank: int, exchange: LayerExchange | None):
+        super().__init__(modules, placement, rank, exchange)
+        holders = RankGroup(groups._get_expert_data_parallel_group(self.ep_group_name))
+        for slot in self.slots:
+            head = getattr(self, slot)
+            assert isinstance(head, TaskHead)
+            head.set_group(holders)
+
+    def forward(
+        self,
+        features_BD: Tensor,
+        segments: Sequence[Segment],
+        labels: Mapping[str, Tensor] | None = None,
+        global_counts: Mapping[str, int] | None = None,
+    ) -> dict[str, dict[str, Tensor]]:
+        """As :class:`TaskHeads`; an empty slot's entry has losses of zero that keep its parameters in the graph."""
+        local = list(segments)
+        if self.exchange is not None and labels is not None:
+            labels_B = torch.cat([labels[s.task] for s in segments])
+            features_BD, local = self.exchange.dispatch(features_BD, segments)
+            labels_B, _ = self.exchange.dispatch(labels_B, segments)
+            labels = dict(zip([s.task for s in local], split(labels_B, local), strict=True))
+        rows = dict(zip([s.task for s in local], split(features_BD, local) if local else [], strict=True))
+        outputs = {}
+        for slot in self.slots:
+            x_BD = rows.get(slot, features_BD[:0])
+            if labels is None or global_counts is None:
+                outputs[slot] = getattr(self, slot)(x_BD)
+            else:
+                no_labels = torch.empty(0, dtype=torch.int64, device=x_BD.device)
+                outputs[slot] = getattr(self, slot)(x_BD, labels.get(slot, no_labels), global_counts.get(slot, 0))
+        return outputs
+
+
+def parallelize(model: Supernet, placement: Placement, rank: int, samples: dict[str, int], exchange: str) -> Supernet:
+    """Replace the expert layers of a model (on the meta device) by this rank's part of them.
+
+    Args:
+        samples: size of each task's global micro-batch.
+        exchange: ``aligned`` or ``input`` (rows are where their experts are), or ``layer``.
+    """
+    layer_exchange = None
+    if exchange == "layer" and placement.ep_size > 1:
+        first = placement.replica(rank) * placement.ep_size
+        images = [
+            {task: len(positions) for task, positions in placement.read_evenly(first + e, samples).items()}
+            for e in range(placement.ep_size)
+        ]
+        group = groups._get_expert_parallel_group(f"ep_size_{placement.ep_size}")
+        layer_exchange = LayerExchange(placement, images, placement.ep_rank(rank), group)
+    for module in list(model.modules()):
+        if isinstance(module, RoutedUnit) and isinstance(module.own, TaskExperts):
+            module.own = ExpertParallelUnits(module.own, placement, rank, layer_exchange)
+    assert isinstance(model.heads, TaskHeads)
+    model.heads = ExpertParallelHeads(model.heads, placement, rank, layer_exchange)
+    return model
+
+
+def mark_experts(model: nn.Module) -> None:
+    """Tell DeepSpeed which parameters are experts, and over which ranks they are partitioned and reduced.
+
+    To be called on real parameters: moving a model from the meta device replaces them.
+    """
+    for module in model.modules():
+        if isinstance(module, _ExpertParallel):
+            group = groups._get_expert_data_parallel_group(module.ep_group_name)
+            for parameter in module.parameters():
+                parameter.allreduce = False
+                parameter.group_name = module.ep_group_name
+                parameter.ds_zero_placement_family = "autoep_expert"
+                parameter.ds_zero_partition_group_name = module.ep_group_name
+                parameter.ds_zero_partition_process_group = group

@@ -1,0 +1,80 @@
+"""Where DeepSpeed keeps what belongs to a parameter: this rank's flat slice of its fp32 value and optimizer state.
+
+Private names of DeepSpeed 0.19.8 (``runtime/zero/stage3.py``, ``stage_1_and_2.py``) are used here and nowhere else.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import deepspeed.comm as dist
+import torch
+from torch import Tensor
+
+from ufo_ds.parallel.engine import Engine
+
+
+@dataclass
+class Slice:
+    """Elements ``start .. start + length`` of the flattened parameter ``name``; ``length`` may be 0.
+
+    They lie at ``offset`` in ``flat``, the fp32 partition that the optimizer steps, and in every tensor of its
+    ``state`` that has the same size. ``first`` tells the one rank among those that hold the same elements.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    flat: Tensor
+    offset: int
+    start: int
+    length: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().narrow(0, self.offset, self.length)
+
+
+def parameter_slices(engine: Engine) -> Iterator[Slice]:
+    """This rank's slice of every parameter, empty slots included."""
+    optimizer = engine.deepspeed.optimizer
+    if engine.config.stage == 3:
+        for name, parameter in engine.model.named_parameters():
+            group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = dist.get_rank(parameter.ds_process_group) * length
+            real = max(0, min(length, parameter.ds_numel - start))  # padding sits behind the end
+            flat = optimizer.fp32_partitioned_groups_flat[group]
+            yield Slice(name, tuple(parameter.ds_shape), flat, offset, start, real)
+        return
+    group_of = {id(p): i for i, params in enumerate(optimizer.bit16_groups) for p in params}
+    for name, parameter in engine.model.named_parameters():
+        flat = optimizer.single_partition_of_fp32_groups[group_of[id(parameter)]]
+        mapping = parameter._hp_mapping
+        if mapping is None:  # nothing of it on this rank
+            yield Slice(name, tuple(parameter.shape), flat, 0, 0, 0)
+        else:
+            high, low = mapping.hp_fragment_address, mapping.lp_fragment_address
+            yield Slice(name, tuple(parameter.shape), flat, high.start, low.start, high.numel)
+
+
+def optimizer_state(engine: Engine, flat: Tensor) -> dict[str, Tensor]:
+    """The optimizer's state of a partition; entries appear with the first step."""
+    return engine.deepspeed.optimizer.optimizer.state[flat]
+
+
+def refresh_low_precision(engine: Engine) -> None:
+    """Make the parameters that the forward pass sees follow the fp32 partitions, after those were overwritten."""
+    optimizer = engine.deepspeed.optimizer
+    if engine.config.stage == 3:
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if persistent := optimizer.persistent_parameters:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+    else:
+        optimizer.update_lp_params()
+
+
+def make_state(engine: Engine, flat: Tensor, key: str) -> Tensor:
+    """A zero state tensor as large as the partition, where there is none yet."""
+    state = optimizer_state(engine, flat)
+    if state.get(key) is None:
+        state[key] = torch.zeros_like(flat, requires_grad=False)
+    return state[key]

@@ -1,0 +1,390 @@
+"""A recipe: one YAML that says *what* is trained. Typed, checked, and printed back as it was resolved.
+
+``load("demo")`` reads a shipped recipe, ``load("my.yaml")`` a file; ``overrides`` are ``("optimizer.lr", "1e-3")``
+pairs from a command line, where a task is addressed by its name: ``tasks.glyphs.samples_per_step``.
+"""
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+from ufo_ds.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+Unit = Literal["embed", "norm", "attn", "ffn"]
+Route = Literal["shared", "own", "learned"]
+Size = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]  # height, width in pixels
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+
+# dim, depth, heads, MLP ratio, patch size of the published ViTs (Dosovitskiy et al., 2021, table 1; DeiT for the two
+# smallest).
+BACKBONES: dict[str, dict[str, Any]] = {
+    "vit_tiny": {"dim": 192, "depth": 12, "heads": 3, "patch_size": 16},
+    "vit_small": {"dim": 384, "depth": 12, "heads": 6, "patch_size": 16},
+    "vit_base": {"dim": 768, "depth": 12, "heads": 12, "patch_size": 16},
+    "vit_large": {"dim": 1024, "depth": 24, "heads": 16, "patch_size": 16},
+    "vit_huge": {"dim": 1280, "depth": 32, "heads": 16, "patch_size": 14},
+}
+
+_strict = ConfigDict(extra="forbid")
+_config = dataclass(config=_strict, kw_only=True, frozen=True)
+
+
+@_config
+class Backbone:
+    """A plain pre-norm ViT; ``name`` fills the other values from :data:`BACKBONES`."""
+
+    dim: Positive
+    depth: Positive
+    heads: Positive
+    patch_size: Positive
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    layer_norm_eps: float = 1e-6
+    name: str = "custom"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        fields = value.kwargs or {} if hasattr(value, "kwargs") else value
+        if isinstance(fields, dict) and fields.get("name", "custom") != "custom":
+            known = BACKBONES.get(fields["name"])
+            if known is None:
+                raise ValueError(f"unknown backbone {fields['name']!r}; known: {', '.join(BACKBONES)}")
+            return {**known, **fields}
+        return value
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "Backbone":
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}")
+        return self
+
+
+@_config
+class Router:
+    """How learned routes are found: straight-through Gumbel-softmax over (shared, own), Jang et al., 2017."""
+
+    temperature: Annotated[float, Field(gt=0)] = 5.0
+    freeze_at: Positive | None = None  # the step from which each learned route is its more probable branch
+
+
+@_config
+class Model:
+    backbone: Backbone
+    experts: list[Unit] = dataclasses.field(default_factory=list)  # units of which each task has a copy of its own
+    # Per unit a route for all layers, or one for each layer; a unit with experts is `own` unless said otherwise.
+    routes: dict[Unit, Route | list[Route]] = dataclasses.field(default_factory=dict)
+    router: Router = dataclasses.field(default_factory=Router)
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the last layer, rising linearly from 0
+    input: Size | None = None  # of the shared position embedding; default: the first task's input
+    init: str | None = None  # a Hugging Face ViT checkpoint (directory or hub id) to start from
+
+    @model_validator(mode="before")
+    @classmethod
+    def _backbone_name(cls, value: Any) -> Any:
+        fields = dict(value.kwargs or {}) if hasattr(value, "kwargs") else value
+        if isinstance(fields, dict) and isinstance(fields.get("backbone"), str):
+            return {**fields, "backbone": {"name": fields["backbone"]}}
+        return value
+
+
+@_config
+class Head:
+    """``linear``: logits. ``margin``: a BN neck and a cosine classifier (its loss adds the margin)."""
+
+    type: Literal["linear", "margin"]
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+
+
+@_config
+class CrossEntropy:
+    label_smoothing: Share = 0.0
+    weight: float = 1.0
+
+
+@_config
+class CosFace:
+    scale: Annotated[float, Field(gt=0)] = 30.0
+    margin: Annotated[float, Field(ge=0)] = 0.2
+    weight: float = 1.0
+
+
+@_config
+class Triplet:
+    margin: float | Literal["soft"] = "soft"
+    weight: float = 1.0
+
+
+@_config
+class Loss:
+    """A weighted sum of those that are given."""
+
+    cross_entropy: CrossEntropy | None = None
+    cosface: CosFace | None = None
+    triplet: Triplet | None = None
+
+
+@_config
+class TrainSet:
+    shards: str  # a directory made by `ufo shards`
+
+
+@_config
+class Augment:
+    pad: Annotated[int, Field(ge=0)] = 0  # pixels on every side, then a random crop back to the input size
+    flip: bool = False
+    erasing: Share = 0.0  # probability of Random Erasing (Zhong et al., 2020)
+
+
+@_config
+class Benchmark:
+    """Classification and verification read ``shards``; retrieval reads ``query`` and ``gallery``."""
+
+    name: str
+    protocol: Literal["classification", "retrieval", "verification"]
+    shards: str | None = None
+    query: str | None = None
+    gallery: str | None = None
+
+    @model_validator(mode="after")
+    def _has_its_shards(self) -> "Benchmark":
+        needs = ["query", "gallery"] if self.protocol == "retrieval" else ["shards"]
+        for key in ("shards", "query", "gallery"):
+            if (getattr(self, key) is None) == (key in needs):
+                raise ValueError(f"{self.name}: protocol {self.protocol} needs {' and '.join(needs)}, nothing else")
+        return self
+
+
+@_config
+class Task:
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    head: Head
+    loss: Loss
+    input: Size
+    samples_per_step: Positive
+    train: list[TrainSet] = dataclasses.field(default_factory=list)
+    num_classes: Positive | None = None  # default: counted in the shards
+    identities_per_step: Positive | None = None  # PK sampling: P identities of samples_per_step / P images each
+    weight: float = 1.0
+    lr_scale: Annotated[float, Field(ge=0)] = 1.0  # on the task's own parameters
+    routes: dict[Unit, Route | list[Route]] = dataclasses.field(default_factory=dict)  # over model.routes
+    augment: Augment = dataclasses.field(default_factory=Augment)
+    benchmarks: list[Benchmark] = dataclasses.field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Task":
+        p, n = self.identities_per_step, self.samples_per_step
+        if p and n < 2 * p:
+            raise ValueError(
+                f"{self.name}: samples_per_step {n} is smaller than P x K = {p} x 2; raise samples_per_step or lower "
+                f"identities_per_step"
+            )
+        if p and n % p:
+            raise ValueError(f"{self.name}: samples_per_step {n} is not a multiple of identities_per_step {p}")
+        if self.loss.triplet and not p:
+            raise ValueError(f"{self.name}: triplet needs identities_per_step (PK sampling)")
+        wanted = self.loss.cross_entropy if self.head.type == "linear" else self.loss.cosface
+        other = self.loss.cosface if self.head.type == "linear" else self.loss.cross_entropy
+        if wanted is None or other is not None:
+            raise ValueError(f"{self.name}: a linear head goes with cross_entropy, a margin head with cosface")
+        return self
+
+
+@_config
+class Data:
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of pixel values in 0..1, per channel
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    workers: Annotated[int, Field(ge=0)] = 1  # loader processes per rank
+    max_corrupt: Share = 0.001  # share of a task's images that may be unreadable before training stops
+
+
+@_config
+class Optimizer:
+    type: Literal["adamw", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05  # not on biases, norms and embeddings
+    betas: tuple[float, float] = (0.9, 0.999)
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    gradient_clipping: Annotated[float, Field(ge=0)] = 0.0  # global norm; 0 is off
+    bias_lr_scale: Annotated[float, Field(gt=0)] = 1.0
+
+
+@_config
+class Schedule:
+    """Linear warm-up to ``optimizer.lr``, then half a cosine down to ``min_lr``."""
+
+    steps: Positive
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+
+
+@_config
+class Evaluation:
+    every: Positive | None = None  # steps; the end of training is always evaluated
+    batch_size: Positive = 64  # images of one task, per rank
+    best: str | None = None  # the metric by which the best checkpoint is kept, e.g. "digits/digits/top1"
+
+
+@_config
+class Checkpoint:
+    every: Positive = 1000  # steps
+    keep: Positive = 2  # newest ones kept, beside the best
+
+
+@_config
+class Logging:
+    every: Positive = 10  # steps
+    tensorboard: bool = True
+
+
+@_config
+class Recipe:
+    name: str
+    model: Model
+    tasks: Annotated[list[Task], Field(min_length=1)]
+    schedule: Schedule
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    data: Data = dataclasses.field(default_factory=Data)
+    evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
+    checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+    logging: Logging = dataclasses.field(default_factory=Logging)
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        names = [task.name for task in self.tasks]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two tasks are named {name!r}")
+        patch = self.model.backbone.patch_size
+        for task in self.tasks:
+            if task.input[0] < patch or task.input[1] < patch:
+                raise ValueError(f"{task.name}: input {task.input} is smaller than one patch of {patch}")
+            for unit, route in {**self.model.routes, **task.routes}.items():
+                layers = route if isinstance(route, list) else [route]
+                if set(layers) != {"shared"} and unit not in self.model.experts:
+                    raise ValueError(f"{task.name}: route of {unit!r} is {route}, but model.experts lacks {unit!r}")
+                if isinstance(route, list) and len(route) != number_of_routes(unit, self.model.backbone.depth):
+                    raise ValueError(f"{task.name}: {len(route)} routes of {unit!r} for "
+                                     f"{number_of_routes(unit, self.model.backbone.depth)} layers")  # fmt: skip
+        return self
+
+
+def number_of_routes(unit: str, depth: int) -> int:
+    """How often a unit is routed: once per block; the embedding once; norms in every block and after the last."""
+    return {"embed": 1, "norm": depth + 1}.get(unit, depth)
+
+
+def load(name_or_file: str, overrides: list[tuple[str, str]] = ()) -> Recipe:  # type: ignore[assignment]
+    """Read and check a recipe.
+
+    Raises:
+        UserError: no such recipe, not YAML, an unknown key, a value of the wrong kind; the message names all three:
+            value, place, remedy.
+    """
+    path = Path(name_or_file)
+    if not path.suffix:
+        path = RECIPES / f"{name_or_file}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+        raise UserError(f"no recipe {name_or_file!r}: give a YAML file or one of {known}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a recipe: expected a mapping, found {type(values).__name__}")
+    for key, text in overrides:
+        _override(values, key, text)
+    return parse(values, str(path))
+
+
+def parse(values: dict[str, Any], source: str) -> Recipe:
+    """Check plain values (of a YAML file, of a checkpoint's index) and make them a :class:`Recipe`."""
+    try:
+        return TypeAdapter(Recipe).validate_python(_expand(values, source))
+    except ValidationError as error:
+        raise UserError(f"{source}: {_first(error, values)}") from None
+
+
+def dump(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as plain values: ``parse(dump(r), ...) == r``."""
+    return TypeAdapter(Recipe).dump_python(recipe, mode="json")
+
+
+def to_yaml(recipe: Recipe) -> str:
+    return yaml.safe_dump(dump(recipe), sort_keys=False, width=120)
+
+
+def _expand(node: Any, source: str) -> Any:
+    """Replace ``${NAME}`` in strings by environment variables."""
+    if isinstance(node, dict):
+        return {key: _expand(value, source) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_expand(value, source) for value in node]
+    if isinstance(node, str):
+        for name in re.findall(r"\$\{(\w+)\}", node):
+            if name not in os.environ:
+                raise UserError(f"{source}: {node!r} needs the environment variable {name}: set it to a directory")
+        return os.path.expandvars(node)
+    return node
+
+
+def _override(values: dict[str, Any], key: str, text: str) -> None:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--{key} {text!r} is not a value: quote it as YAML") from None
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    node: Any = values
+    *parents, last = key.split(".")
+    for part in parents:
+        if isinstance(node, list):
+            named = [item for item in node if isinstance(item, dict) and item.get("name") == part]
+            if not named:
+                raise UserError(f"--{key}: no {part!r} there; known: {', '.join(str(i.get('name')) for i in node)}")
+            node = named[0]
+        else:
+            if isinstance(node.get(part), str) and part == "backbone":
+                node[part] = {"name": node[part]}
+            node = node.setdefault(part, {})
+        if not isinstance(node, dict | list):
+            raise UserError(f"--{key}: {part!r} is a value, not a section")
+    if isinstance(node, list):
+        raise UserError(f"--{key}: name an entry first, as in tasks.NAME.{last}")
+    node[last] = value
+
+
+def _first(error: ValidationError, values: Any) -> str:
+    """The first fault, as one line with the path of the key; a task is named, not numbered."""
+    fault = error.errors()[0]
+    path, node = [], values
+    for part in fault["loc"]:
+        if isinstance(node, list) and isinstance(part, int) and part < len(node):
+            node = node[part]
+            path.append(str(node.get("name", part)) if isinstance(node, dict) else str(part))
+        elif isinstance(node, dict) and part in node:
+            node = node[part]
+            path.append(str(part))
+        elif fault["type"] in ("unexpected_keyword_argument", "missing") and part == fault["loc"][-1]:
+            path.append(str(part))
+    where = ".".join(path) or "recipe"
+    if fault["type"] == "unexpected_keyword_argument":
+        return f"unknown key {where} = {fault['input']!r}: remove it or correct its name"
+    if fault["type"] == "missing":
+        return f"missing key {where}: add it"
+    if fault["type"] == "value_error":
+        return f"{where}: {fault['ctx']['error']}"
+    return f"{where} = {fault['input']!r}: {fault['msg'].lower()}"
