@@ -22,7 +22,7 @@ def test_top1_counts_ties_and_nan_as_wrong():
 
 
 def test_top1_refuses_labels_that_the_model_lacks():
-    with pytest.raises(UserError, match="label 3 .* 3 classes"):
+    with pytest.raises(UserError, match=r"label 3 .* 3 classes"):
         classification.top1(np.zeros((2, 3)), np.array([0, 3]))
     with pytest.raises(UserError, match="0 images"):
         classification.top1(np.zeros((0, 3)), np.zeros(0, dtype=np.int64))

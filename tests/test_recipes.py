@@ -36,7 +36,12 @@ def test_allinone_is_as_published():
     assert loaded.model.experts == []
     assert loaded.model.drop_path == 0.2
     assert {task.input for task in loaded.tasks} == {(384, 384)}
-    assert {task.name: len(task.train) for task in loaded.tasks} == {"face": 1, "person": 3, "products": 1, "vehicle": 3}
+    assert {task.name: len(task.train) for task in loaded.tasks} == {
+        "face": 1,
+        "person": 3,
+        "products": 1,
+        "vehicle": 3,
+    }
     assert sum(len(task.benchmarks) for task in loaded.tasks) == 13
     assert {task.name for task in loaded.tasks if task.loss.triplet} == {"person", "products", "vehicle"}
     assert (loaded.optimizer.type, loaded.optimizer.lr, loaded.schedule.steps) == ("sgd", 0.2, 100_000)

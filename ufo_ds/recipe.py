@@ -388,3 +388,16 @@ def _first(error: ValidationError, values: Any) -> str:
     if fault["type"] == "value_error":
         return f"{where}: {fault['ctx']['error']}"
     return f"{where} = {fault['input']!r}: {fault['msg'].lower()}"
+
+
+def only(recipe: Recipe, names: list[str]) -> Recipe:
+    """The recipe restricted to some of its tasks, for one task's part of a trained model or a single-task run.
+
+    Raises:
+        UserError: a name that is not among its tasks.
+    """
+    for name in names:
+        if name not in [task.name for task in recipe.tasks]:
+            raise UserError(f"no task {name!r} in {recipe.name}; it has {', '.join(t.name for t in recipe.tasks)}")
+    model = dataclasses.replace(recipe.model, input=recipe.model.input or recipe.tasks[0].input)
+    return dataclasses.replace(recipe, model=model, tasks=[task for task in recipe.tasks if task.name in names])

@@ -42,7 +42,7 @@ _MASK_EM = 48  # size in pixels at which a font is rasterised, once per characte
 
 _SIDE = 32  # pixels of a glyph image
 _TEST_SHARE = 1 / 3  # of the characters
-_TRAIN_COPIES = 3  # images per character and font
+_TRAIN_COPIES = 2  # images per character and font
 _QUERY_FONTS = 3  # queries per test character, each of another font
 _FOLDS, _PAIRS_PER_FOLD = 10, 60
 
@@ -132,8 +132,8 @@ def _distinct_characters(masks: dict[str, dict[str, Image.Image]]) -> list[str]:
     """The characters with enough fonts whose shape tells them apart, in the order of their codes.
 
     Latin, Greek and Cyrillic share shapes (A, Α, А), and so do many upper and lower cases: as identities of their own
-    they would be right answers counted as wrong. Of those that look alike in any font, whatever their size, and of
-    the two cases of a letter, the first is kept.
+    they would be right answers counted as wrong. Of those that look alike in any font, whatever their size and width,
+    and of the two cases of a letter, the first is kept.
     """
     number_of_fonts = Counter(character for of_font in masks.values() for character in of_font)
     characters = sorted(character for character, fonts in number_of_fonts.items() if fonts >= _MIN_FONTS)
@@ -153,11 +153,9 @@ def _distinct_characters(masks: dict[str, dict[str, Image.Image]]) -> list[str]:
 
 
 def _shape(mask: Image.Image, side: int = 20) -> np.ndarray:
-    """A mask at one size, as a vector [side * side] whose dot product with another is their correlation."""
-    scale = side / max(mask.size)
-    small = mask.resize((max(1, round(mask.width * scale)), max(1, round(mask.height * scale))))
+    """A mask stretched to a square, as a vector [side * side] whose dot product with another is their correlation."""
     square = Image.new("L", (side, side))
-    square.paste(small, ((side - small.width) // 2, (side - small.height) // 2))
+    square.paste(mask.resize((side - 2, side - 2)), (1, 1))  # the margin gives an upright bar a shape, too
     vector = np.asarray(square, dtype=np.float32).ravel()
     vector -= vector.mean()
     return vector / np.linalg.norm(vector)

@@ -1,5 +1,7 @@
 """The images of a benchmark, in the order of its shards."""
 
+from pathlib import Path
+
 import numpy as np
 
 from ufo_ds.data.shards import ShardSet
@@ -8,10 +10,12 @@ from ufo_ds.errors import UserError
 
 
 class EvaluationSet:
-    """Attributes:
-    label_names: the label of each sample, by name (ids of query and gallery compare by name).
-    camera_names: the camera of each sample, None where it has none.
-    pairs: int64 [M, 4] of fold, first sample, second sample, same identity (0 or 1); or None.
+    """A benchmark's samples.
+
+    Attributes:
+        label_names: the label of each sample, by name, so that the ids of query and gallery compare.
+        camera_names: the camera of each sample, None where it has none.
+        pairs: int64 [M, 4] of fold, first sample, second sample, same identity (0 or 1); or None.
     """
 
     def __init__(self, shards: ShardSet):
@@ -23,7 +27,7 @@ class EvaluationSet:
         self.pairs = shards.pairs
 
     @classmethod
-    def open(cls, directory: str) -> "EvaluationSet":
+    def open(cls, directory: str | Path) -> "EvaluationSet":
         """Open shards; for the errors see :meth:`ShardSet.open`."""
         return cls(ShardSet.open(directory))
 

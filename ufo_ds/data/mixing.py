@@ -23,25 +23,21 @@ class TaskBatch:
     Attributes:
         images: uint8 [n, 3, H, W].
         labels: int64 [n].
-        positions: int64 [n], of each sample in the task's global micro-batch.
+        positions: of the samples in the task's global micro-batch; they stay on the host.
         global_count: samples of the task in the global micro-batch.
     """
 
     images: Tensor
     labels: Tensor
-    positions: Tensor
+    positions: range
     global_count: int
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "TaskBatch":
-        images, labels, positions = (
-            tensor.to(device, non_blocking=non_blocking) for tensor in (self.images, self.labels, self.positions)
-        )
-        return TaskBatch(images, labels, positions, self.global_count)
+        images, labels = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.images, self.labels))
+        return TaskBatch(images, labels, self.positions, self.global_count)
 
     def pin_memory(self) -> "TaskBatch":
-        return TaskBatch(
-            self.images.pin_memory(), self.labels.pin_memory(), self.positions.pin_memory(), self.global_count
-        )
+        return TaskBatch(self.images.pin_memory(), self.labels.pin_memory(), self.positions, self.global_count)
 
 
 @dataclass
@@ -103,10 +99,7 @@ class HeterogeneousBatches(Dataset[Batch]):
         for n, position in enumerate(positions):
             images[n], labels[n], skipped = source.load(i * global_count + position)
             all_skipped += skipped
-        batch = TaskBatch(
-            torch.from_numpy(images), torch.from_numpy(labels), torch.tensor(positions, dtype=torch.int64), global_count
-        )
-        return batch, all_skipped
+        return TaskBatch(torch.from_numpy(images), torch.from_numpy(labels), positions, global_count), all_skipped
 
 
 def loader(dataset: HeterogeneousBatches, start: int, stop: int, workers: int, pin: bool) -> Iterator[Batch]:

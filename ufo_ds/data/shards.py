@@ -26,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import webdataset
 from pydantic import TypeAdapter, ValidationError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
 from ufo_ds.data.layouts import Layout, Pair, Sample, is_image
@@ -70,7 +70,7 @@ class Manifest:
 
 
 class ShardSet:
-    """A directory of shards, read image by image. It may be pickled and forked: every process opens its own files.
+    """A directory of shards, read image by image. Every process, forked or spawned, opens its own files.
 
     Attributes:
         directory: where the shards are.
@@ -303,7 +303,7 @@ def _write_index(
     }
     if layout.pairs is not None:
         index["pairs"] = _kept_pairs(layout.pairs, kept)
-    save_file(index, directory / INDEX)
+    (directory / INDEX).write_bytes(save(index))  # save_file would make it readable by its owner alone
     counts = Counter(sample.label for sample in samples)
     pairs = len(index["pairs"]) if layout.pairs is not None else None
     manifest = Manifest(

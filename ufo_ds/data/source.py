@@ -21,6 +21,7 @@ class TrainSource:
             each set stay apart, so a name may come twice.
         num_classes: outputs of the head, at least ``len(classes)``.
         labels: int64 [N], over all sets.
+        licences: of the sets, each once.
     """
 
     def __init__(self, task: Task, seed: int, sets: list[ShardSet]):
@@ -29,6 +30,7 @@ class TrainSource:
         self.num_classes = task.num_classes or len(self.classes)
         _check_range(task, self.num_classes, self.classes, sets, labels)
         self.labels = np.concatenate(labels)
+        self.licences = list(dict.fromkeys(shards.licence for shards in sets))
         self._sets = sets
         self._starts = np.cumsum([0] + [len(shards) for shards in sets])
         self._by_label = np.argsort(self.labels, kind="stable")

@@ -1,4 +1,4 @@
-"""Verification, "are these two the same?", by the protocol of LFW (Huang et al., 2007) as face recognition reports it."""
+"""Verification, "are these two the same?", by the protocol of LFW (Huang et al., 2007)."""
 
 import numpy as np
 

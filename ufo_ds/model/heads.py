@@ -1,9 +1,10 @@
 """What a task adds behind the backbone: a neck, a classifier and its losses.
 
-All heads have the same two submodules with two parameters, so that ranks which hold different tasks stay alike.
+All heads have two parameters, so that ranks which hold different tasks stay alike (ZeRO-3 counts).
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from ufo_ds import losses
 from ufo_ds.model.packing import Segment, split
 from ufo_ds.recipe import Loss
+
+LOSSES = ("cross_entropy", "cosface", "triplet")
 
 
 class HolderGroup:
@@ -84,6 +87,13 @@ class LinearClassifier(nn.Linear):
         return F.linear(x_BD.float(), self.weight.float(), self.bias.float())
 
 
+class Outputs(NamedTuple):
+    """What a head says of images: ``embedding`` [B, D] and ``logits`` [B, C], fp32."""
+
+    embedding: Tensor
+    logits: Tensor
+
+
 class TaskHead(nn.Module):
     """``kind="linear"``: logits of the feature. ``kind="margin"``: BN neck, then cosines; the embedding is the
     feature after the neck, the triplet loss sees the one before it."""
@@ -100,9 +110,7 @@ class TaskHead(nn.Module):
         if isinstance(self.neck, BatchNormNeck):
             self.neck.group = group
 
-    def forward(
-        self, features_BD: Tensor, labels_B: Tensor | None = None, global_count: int = 1
-    ) -> dict[str, Tensor]:
+    def forward(self, features_BD: Tensor, labels_B: Tensor | None = None, global_count: int = 0) -> Tensor | Outputs:
         """With labels the losses, without them the outputs.
 
         Args:
@@ -111,25 +119,27 @@ class TaskHead(nn.Module):
             global_count: samples of the task in the micro-batch on all processes.
 
         Returns:
-            Losses: name -> weighted sum over this process's samples / ``global_count``; their sum over processes is
-            the global mean. Outputs: ``embedding`` [B, D] and ``logits`` [B, C], both fp32.
+            One value for each of :data:`LOSSES` (0 where the task has none): the weighted sum over this process's
+            samples / ``global_count``, so that the sum over processes is the global mean. It is one tensor, because
+            ZeRO-3 counts the outputs of a module and wants them alike on all ranks.
         """
         embedding_BD = self.neck(features_BD)
         logits_BC = self.classifier(embedding_BD)
         if labels_B is None:
-            return {"embedding": embedding_BD.float(), "logits": logits_BC}
-        values = {}
+            return Outputs(embedding_BD.float(), logits_BC)
+        zero = logits_BC.new_zeros(1)
+        values = dict.fromkeys(LOSSES, zero)
         if (ce := self.loss.cross_entropy) is not None:
             values["cross_entropy"] = ce.weight * losses.cross_entropy(logits_BC, labels_B, ce.label_smoothing)
         if (cos := self.loss.cosface) is not None:
             values["cosface"] = cos.weight * losses.cosface(logits_BC, labels_B, cos.scale, cos.margin)
         if (triplet := self.loss.triplet) is not None:
             features_BD = features_BD.float()
-            everyone = [self.group.all_gather(x, global_count) for x in (features_BD, labels_B)]
+            everyone_MD, labels_M = [self.group.all_gather(x, global_count) for x in (features_BD, labels_B)]
             values["triplet"] = triplet.weight * losses.batch_hard_triplet(
-                features_BD, labels_B, *everyone, triplet.margin
+                features_BD, labels_B, everyone_MD, labels_M, triplet.margin
             )
-        return {name: value_B.sum() / max(global_count, 1) for name, value_B in values.items()}
+        return torch.stack([values[name].sum() for name in LOSSES]) / max(global_count, 1)
 
 
 class TaskHeads(nn.ModuleDict):
@@ -141,12 +151,10 @@ class TaskHeads(nn.ModuleDict):
         segments: Sequence[Segment],
         labels: Mapping[str, Tensor] | None = None,
         global_counts: Mapping[str, int] | None = None,
-    ) -> dict[str, dict[str, Tensor]]:
-        """``segments`` have one row per image; with ``labels`` and ``global_counts`` the losses, else the outputs."""
-        rows = split(features_BD, segments)
-        return {
-            s.task: self[s.task](x_BD, labels[s.task], global_counts[s.task])
-            if labels is not None and global_counts is not None
-            else self[s.task](x_BD)
-            for s, x_BD in zip(segments, rows, strict=True)
-        }
+    ) -> Tensor | dict[str, Outputs]:
+        """``segments`` have one row per image. With ``labels`` and ``global_counts`` the losses of every segment's
+        task ``[tasks, len(LOSSES)]``, without them its outputs."""
+        rows = dict(zip([s.task for s in segments], split(features_BD, segments), strict=True))
+        if labels is None or global_counts is None:
+            return {task: self[task](x_BD) for task, x_BD in rows.items()}
+        return torch.stack([self[task](x_BD, labels[task], global_counts[task]) for task, x_BD in rows.items()])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ufo_ds.data.mixing import Batch
 from ufo_ds.errors import UserError
 from ufo_ds.model.experts import LEARNED, OWN, SHARED, RoutedUnit
-from ufo_ds.model.heads import TaskHead, TaskHeads
+from ufo_ds.model.heads import Outputs, TaskHead, TaskHeads
 from ufo_ds.model.layers import FFN, Attention, Embedding, Norm
 from ufo_ds.model.packing import Segment, concatenate, patchify, split
 from ufo_ds.model.router import Choice, Router, Weights
@@ -153,9 +153,9 @@ class Supernet(nn.Module):
 
     # --- forward --------------------------------------------------------------------------------------------------
 
-    def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
-        """Training: per task and loss, the sum over this process's samples / the task's global count.
-        Evaluation: per task ``embedding`` [B, D] and ``logits`` [B, C]."""
+    def forward(self, batch: Batch) -> Tensor | dict[str, Outputs]:
+        """In training the losses ``[tasks, len(LOSSES)]``, each the sum over this process's samples / the task's
+        global count; in evaluation the outputs of every task's head."""
         weights_R2 = None
         if self.learns_routes:
             weights_R2 = self.router(batch.step if self.training else None)
@@ -220,7 +220,7 @@ class Supernet(nn.Module):
         for name, task in batch.tasks.items():
             generator = torch_generator(self.recipe.seed, "drop_path", batch.step, batch.micro_step, name)
             draws = torch.rand(task.global_count, depth, 2, generator=generator)
-            factors.append(((draws < keep_L1) / keep_L1)[task.positions])
+            factors.append(((draws < keep_L1) / keep_L1)[task.positions.start : task.positions.stop])
         drawn = concatenate(factors, like=torch.empty(0, depth, 2))
         return drawn.to(next(self.parameters()).device, non_blocking=True)
 

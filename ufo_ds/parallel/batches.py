@@ -44,7 +44,7 @@ def exchange_samples(batch: Batch, placement: Placement, rank: int, samples: dic
         task: TaskBatch(
             images=torch.cat([images for images, _ in parts[task]]),
             labels=torch.cat([labels for _, labels in parts[task]]),
-            positions=torch.tensor(list(owned[task]), dtype=torch.int64),
+            positions=owned[task],
             global_count=samples[task],
         )
         for task in mine

@@ -10,10 +10,12 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import groups, safe_get_full_fp32_param
+from deepspeed.utils import groups, safe_get_full_fp32_param, set_z3_leaf_modules
 from torch import Tensor
 
 from ufo_ds.data.mixing import Batch
+from ufo_ds.evaluation.benchmarks import Predictions, TaskImages, join, predict
+from ufo_ds.model.heads import LOSSES, TaskHead
 from ufo_ds.model.supernet import Supernet, init_weights
 from ufo_ds.parallel.batches import exchange_samples
 from ufo_ds.parallel.config import DistributedConfig
@@ -42,6 +44,18 @@ def init_distributed() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def finish_distributed() -> None:
+    """Leave the job together: a rank that ends first would look like one that died."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone (gloo's and NCCL's words for it)."""
+    words = ("Connection closed by peer", "Connection reset", "Broken pipe", "Connection refused", "remote process")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
 class Engine:
     """This rank's part of a run.
 
@@ -66,6 +80,11 @@ class Engine:
         self.model = model
         self.deepspeed = self._initialize()
         self.device = self.deepspeed.device
+        names = list(self.samples)
+        owned = self.placement.tasks_of[self.placement.ep_rank(self.rank)]
+        self._rows = [names.index(task) for task in owned]
+        weights = [recipe.tasks[row].weight for row in self._rows]
+        self._task_weights = torch.tensor(weights + [1.0] * (self.placement.slots - len(owned)), device=self.device)
         self._assert_alike()
 
     # --- construction ---------------------------------------------------------------------------------------------
@@ -85,6 +104,9 @@ class Engine:
         else:
             optimizer_class = torch.optim.SGD
             options |= {"momentum": self.recipe.optimizer.momentum, "foreach": False}
+        # Ranks hold heads of different kinds at the same place. As a leaf a head is gathered whole, and ZeRO-3 sees
+        # its number of parameters, the same for all kinds, but not how they are spread inside.
+        set_z3_leaf_modules(self.model, [TaskHead])
         engine, *_ = deepspeed.initialize(
             model=self.model, optimizer=optimizer_class(self._parameter_groups(), **options), config=config
         )
@@ -143,62 +165,90 @@ class Engine:
             return self.placement.owned(self.rank, self.samples)
         return self.placement.read_evenly(self.rank, self.samples)
 
-    def step(self, batches: Iterable[Batch], learning_rate: float) -> dict[str, dict[str, Tensor]]:
+    def step(self, batches: Iterable[Batch], learning_rate: float) -> Tensor:
         """One optimizer step over ``accumulation`` micro-batches.
 
         Returns:
-            This rank's part of the mean losses, per task and loss; parts add up over ranks (:meth:`mean_losses`).
+            This rank's part of the mean losses ``[tasks, len(LOSSES)]``, tasks in the recipe's order; the parts add
+            up over ranks (:meth:`mean_losses`).
         """
-        for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rate * group["lr_scale"]
-        parts: dict[str, dict[str, Tensor]] = {}
+        parts_TK = torch.zeros(len(self.samples), len(LOSSES), device=self.device)
         for batch in batches:
-            for task, losses in self._backward(batch).items():
-                mine = parts.setdefault(task, {})
-                for name, value in losses.items():
-                    mine[name] = mine.get(name, 0.0) + value.detach() / self.config.accumulation
-            self.deepspeed.step()
-        if self.config.stage == 3:
-            # A parameter without a gradient in the next step (of a unit that no route uses) would have this one
-            # applied again: ZeRO-3 only ever overwrites the buffer.
-            self.deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
-        return parts
+            parts_TK += self.backward(batch) / self.config.accumulation
+            self.update(learning_rate)
+        return parts_TK
 
-    def _backward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
+    def backward(self, batch: Batch) -> Tensor:
+        """Gradients of one micro-batch, added to those before; returns this rank's part of its losses."""
         batch = batch.to(self.device)
         if self.config.exchange == "input" and self.placement.ep_size > 1:
             batch = exchange_samples(batch, self.placement, self.rank, self.samples)
-        losses = self.deepspeed(batch)
-        weights = {task.name: task.weight for task in self.recipe.tasks}
-        total = torch.stack([
-            weights.get(task, 1.0) * value for task, values in losses.items() for value in values.values()
-        ]).sum()  # fmt: skip
+        losses_SK = self.deepspeed(batch)  # of every slot
+        total = (losses_SK.sum(1) * self._task_weights).sum()
         # ZeRO averages gradients over all ranks, experts' too; the losses are already parts of a global mean.
         self.deepspeed.backward(total * self.world_size)
-        return {task: values for task, values in losses.items() if not task.startswith(EMPTY)}
+        parts_TK = torch.zeros(len(self.samples), len(LOSSES), device=self.device)
+        parts_TK[self._rows] = losses_SK.detach()[: len(self._rows)]
+        return parts_TK
 
-    def mean_losses(self, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, float]]:
+    def update(self, learning_rate: float) -> None:
+        """To be called after every micro-batch; the optimizer steps after the last one of a step."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate * group["lr_scale"]
+        last = self.deepspeed.is_gradient_accumulation_boundary()
+        self.deepspeed.step()
+        if last and self.config.stage == 3:
+            # A parameter without a gradient in the next step (of a unit that no route uses) would have this one
+            # applied again: ZeRO-3 only ever overwrites the buffer.
+            self.deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
+
+    def mean_losses(self, parts_TK: Tensor) -> dict[str, dict[str, float]]:
         """Global mean losses of a step, the same on every rank."""
-        keys = [
-            (task.name, loss)
-            for task in self.recipe.tasks
-            for loss in ("cross_entropy", "cosface", "triplet")
-            if getattr(task.loss, loss) is not None
-        ]
-        values = torch.stack([
-            parts.get(task, {}).get(loss, torch.zeros((), device=self.device)).float() for task, loss in keys
-        ])  # fmt: skip
-        dist.all_reduce(values)
-        result: dict[str, dict[str, float]] = {}
-        for (task, loss), value in zip(keys, values.tolist(), strict=True):
-            result.setdefault(task, {})[loss] = value
-        return result
+        values_TK = parts_TK.clone()
+        dist.all_reduce(values_TK)
+        return {
+            task.name: {name: v for name, v in zip(LOSSES, row, strict=True) if getattr(task.loss, name) is not None}
+            for task, row in zip(self.recipe.tasks, values_TK.tolist(), strict=True)
+        }
 
     @property
     def gradient_norm(self) -> float | None:
         """Global norm of the last step's gradient, before clipping."""
         norm = self.deepspeed.get_global_grad_norm()
         return None if norm is None else float(norm)
+
+    # --- evaluation -----------------------------------------------------------------------------------------------
+
+    def predict(self, images: Mapping[str, TaskImages], batch_size: int, workers: int) -> Predictions:
+        """Embeddings and logits of all evaluation images, complete on rank 0. Each rank runs its own tasks' images;
+        all make the same number of forward passes."""
+        sizes = {name: len(of_task) for name, of_task in images.items()}
+        ranges = self.placement.owned(self.rank, {name: sizes.get(name, 0) for name in self.samples})
+        per_rank = max((-(-size // self.placement.replicas) for size in sizes.values()), default=0)
+        self.deepspeed.eval()
+        mine = predict(
+            lambda batch: self.deepspeed(batch.to(self.device)),
+            images,
+            {name: positions for name, positions in ranges.items() if name in images},
+            -(-per_rank // batch_size),
+            batch_size,
+            workers,
+            quiet=self.rank != 0,
+        )
+        self.deepspeed.train()
+        everyone: list[Any] = [None] * self.world_size if self.rank == 0 else []
+        dist.gather_object(mine, everyone if self.rank == 0 else None)
+        return join(everyone)
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's value of something, on all ranks."""
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    @staticmethod
+    def wait_for_all() -> None:
+        dist.barrier()
 
     # --- routes ---------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from ufo_ds.model.experts import RoutedUnit, TaskExperts
-from ufo_ds.model.heads import TaskHead, TaskHeads
+from ufo_ds.model.heads import Outputs, TaskHead, TaskHeads
 from ufo_ds.model.packing import Segment, concatenate, split
 from ufo_ds.model.supernet import Supernet
 from ufo_ds.parallel.collectives import RankGroup, all_to_all
@@ -122,8 +122,9 @@ class ExpertParallelHeads(_ExpertParallel):
         segments: Sequence[Segment],
         labels: Mapping[str, Tensor] | None = None,
         global_counts: Mapping[str, int] | None = None,
-    ) -> dict[str, dict[str, Tensor]]:
-        """As :class:`TaskHeads`; an empty slot's entry has losses of zero that keep its parameters in the graph."""
+    ) -> Tensor | dict[str, Outputs]:
+        """As :class:`TaskHeads`, for every slot: an empty one's losses are zero and keep its parameters in the
+        graph."""
         local = list(segments)
         if self.exchange is not None and labels is not None:
             labels_B = torch.cat([labels[s.task] for s in segments])
@@ -131,15 +132,14 @@ class ExpertParallelHeads(_ExpertParallel):
             labels_B, _ = self.exchange.dispatch(labels_B, segments)
             labels = dict(zip([s.task for s in local], split(labels_B, local), strict=True))
         rows = dict(zip([s.task for s in local], split(features_BD, local) if local else [], strict=True))
-        outputs = {}
-        for slot in self.slots:
-            x_BD = rows.get(slot, features_BD[:0])
-            if labels is None or global_counts is None:
-                outputs[slot] = getattr(self, slot)(x_BD)
-            else:
-                no_labels = torch.empty(0, dtype=torch.int64, device=x_BD.device)
-                outputs[slot] = getattr(self, slot)(x_BD, labels.get(slot, no_labels), global_counts.get(slot, 0))
-        return outputs
+        if labels is None or global_counts is None:
+            return {slot: getattr(self, slot)(rows.get(slot, features_BD[:0])) for slot in self.slots}
+        no_labels = torch.empty(0, dtype=torch.int64, device=features_BD.device)
+        return torch.stack([
+            getattr(self, slot)(
+                rows.get(slot, features_BD[:0]), labels.get(slot, no_labels), global_counts.get(slot, 0)
+            ) for slot in self.slots
+        ])  # fmt: skip
 
 
 def parallelize(model: Supernet, placement: Placement, rank: int, samples: dict[str, int], exchange: str) -> Supernet:

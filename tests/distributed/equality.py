@@ -1,0 +1,202 @@
+"""Compares a DeepSpeed run with one process over the same micro-batches; started by torchrun, many cases in a launch.
+
+    torchrun --nproc_per_node 2 tests/distributed/equality.py CASES.json RESULTS.json
+
+The reference is the plain single-device model: batch norm and triplet over the global micro-batch, torch's own
+optimizer and clipping, absent gradients zero. For every case the result holds the largest relative difference
+(max |d| / max |reference|) of the losses, of the gradient of every parameter over all ranks, and of the weights after
+the last step.
+"""
+
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+from ufo_ds import recipe as recipes
+from ufo_ds.data.mixing import Batch, TaskBatch
+from ufo_ds.model.supernet import Supernet, init_weights
+from ufo_ds.parallel import config as configs
+from ufo_ds.parallel.engine import Engine, init_distributed
+from ufo_ds.parallel.experts import EMPTY
+from ufo_ds.seeding import torch_generator
+
+STEPS = 3
+CLASSES = {"a": 5, "b": 7, "c": 3, "d": 4}
+
+
+def make_recipe(case: dict) -> recipes.Recipe:
+    """Four tasks of 8:4:2:1 samples per micro-batch, of two kinds, of three input sizes."""
+    gas = case["accumulation"]
+    linear = {"head": {"type": "linear"}, "loss": {"cross_entropy": {"label_smoothing": 0.1}}}
+    margin = {"head": {"type": "margin"}, "loss": {"cosface": {"scale": 8}, "triplet": {"weight": 0.5}}}
+    tasks = [
+        {"name": "a", "input": [16, 16], "samples_per_step": 8 * gas, "identities_per_step": 4 * gas, **margin},
+        {"name": "b", "input": [24, 16], "samples_per_step": 4 * gas, "identities_per_step": 2 * gas, **margin},
+        {"name": "c", "input": [16, 16], "samples_per_step": 2 * gas, **linear, "weight": 2.0},
+        {"name": "d", "input": [16, 32], "samples_per_step": 1 * gas, **linear, "lr_scale": 0.5},
+    ]
+    # Before a neck's batch norm a bias has a true gradient of zero, and comparing noise says nothing: the margin tasks
+    # share the last norm with a linear one.
+    for task in tasks[:3]:
+        task["routes"] = {"norm": ["own", "own", "shared"]}
+    routes = {"ffn": case["routes"], "attn": case["routes"]}
+    if case["routes"] == "frozen":
+        routes = {"ffn": ["own", "shared"], "attn": ["shared", "own"], "embed": "own", "norm": "own"}
+        tasks[1]["routes"] = {"ffn": ["shared", "own"], "norm": ["own", "shared", "shared"]}
+        tasks[3]["routes"] = {"attn": "shared", "embed": "shared"}
+    return recipes.parse(
+        {
+            "name": "equality",
+            "model": {
+                "backbone": {"dim": 16, "depth": 2, "heads": 2, "patch_size": 8},
+                "experts": ["embed", "norm", "attn", "ffn"],
+                "routes": routes,
+                "drop_path": 0.3,
+            },
+            "tasks": tasks[: case["tasks"]],
+            "optimizer": {
+                "type": case["optimizer"],
+                "lr": 1e-2,
+                "weight_decay": 0.01,
+                "gradient_clipping": case["clipping"],
+                "bias_lr_scale": 2.0,
+            },
+            "schedule": {"steps": STEPS},
+        },
+        "equality.py",
+    )
+
+
+def start_value(name: str, shape: torch.Size) -> torch.Tensor:
+    """Weights large enough that samples differ: batch norm over nearly equal features would only amplify noise."""
+    value = 0.3 * torch.randn(shape, generator=torch_generator("start", name))
+    return value + 1.0 if "norm" in name or "neck" in name else value
+
+
+def global_batch(recipe: recipes.Recipe, step: int, micro_step: int, samples: dict[str, int]) -> Batch:
+    tasks = {}
+    for task in recipe.tasks:
+        generator = torch_generator("batch", step, micro_step, task.name)
+        n = samples[task.name]
+        images = torch.randint(0, 256, (n, 3, *task.input), generator=generator).to(torch.uint8)
+        labels = torch.randint(0, CLASSES[task.name], (n,), generator=generator)
+        tasks[task.name] = TaskBatch(images, labels, range(n), n)
+    return Batch(step, micro_step, tasks, {})
+
+
+def part_of(batch: Batch, positions: dict[str, range]) -> Batch:
+    tasks = {}
+    for name, chosen in positions.items():
+        whole = batch.tasks[name]
+        rows = slice(chosen.start, chosen.stop)
+        tasks[name] = TaskBatch(whole.images[rows], whole.labels[rows], chosen, whole.global_count)
+    return Batch(batch.step, batch.micro_step, tasks, {})
+
+
+def reference_groups(model: Supernet, recipe: recipes.Recipe) -> list[dict]:
+    """One group a parameter, written down anew from the recipe's words."""
+    scales = {task.name: task.lr_scale for task in recipe.tasks}
+    groups = []
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        owner = parts[1] if parts[0] == "heads" else parts[parts.index("own") + 1] if "own" in parts else None
+        scale = scales.get(owner, 1.0) * (recipe.optimizer.bias_lr_scale if parts[-1] == "bias" else 1.0)
+        decay = parts[-1] == "weight" and not any(p in parts for p in ("norm", "norm1", "norm2", "neck"))
+        groups.append({
+            "params": [parameter],
+            "lr": recipe.optimizer.lr * scale,
+            "weight_decay": recipe.optimizer.weight_decay if decay else 0.0,
+        })  # fmt: skip
+    return groups
+
+
+def compare(case: dict) -> dict:
+    recipe = make_recipe(case)
+    names = [task.name for task in recipe.tasks]
+    classes = {name: CLASSES[name] for name in names}
+    values = {
+        "gradient_accumulation_steps": case["accumulation"],
+        "zero_optimization": {"stage": case["stage"]},
+        "expert_parallel": {"autoep_size": case["ep"], "exchange": case["exchange"]},
+        "bf16": {"enabled": False},
+    }
+    config = configs.resolve(values, "equality.py", recipe, dist.get_world_size())
+    engine = Engine(recipe, config, classes, pretrained=start_value)
+
+    with torch.device("meta"):
+        reference = Supernet(recipe, classes)
+    init_weights(reference, pretrained=start_value)
+    reference.train()
+    optimizer_class = torch.optim.AdamW if recipe.optimizer.type == "adamw" else torch.optim.SGD
+    options = {} if recipe.optimizer.type == "adamw" else {"momentum": recipe.optimizer.momentum}
+    optimizer = optimizer_class(reference_groups(reference, recipe), **options)
+    weights = torch.tensor([task.weight for task in recipe.tasks])
+    expected = dict(reference.named_parameters())
+    worst = {"loss": 0.0, "gradient": 0.0, "weight": 0.0, "norm": 0.0}
+
+    def note(kind: str, found: torch.Tensor, wanted: torch.Tensor, where: str) -> None:
+        scale = wanted.abs().max().item()
+        difference = (found.float() - wanted).abs().max().item()
+        relative = difference / scale if scale else (0.0 if difference == 0 else float("inf"))
+        if relative > worst[kind]:
+            worst[kind], worst[f"{kind}_at"] = relative, where
+
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for micro_step in range(case["accumulation"]):
+            batch = global_batch(recipe, step, micro_step, engine.samples)
+            losses = reference(batch)
+            ((losses.sum(1) * weights).sum() / case["accumulation"]).backward()
+            parts = engine.backward(part_of(batch, engine.positions()))
+            dist.all_reduce(parts)
+            note("loss", parts, losses.detach(), f"step {step}.{micro_step}")
+            if micro_step == case["accumulation"] - 1:
+                for name, parameter in engine.model.named_parameters():
+                    found = safe_get_full_grad(parameter)  # collective: every rank calls it for every slot
+                    if EMPTY not in name:
+                        wanted = expected[name].grad
+                        wanted = torch.zeros_like(expected[name]) if wanted is None else wanted
+                        found = torch.zeros_like(wanted) if found is None else found
+                        note("gradient", found, wanted, f"step {step} {name}")
+            engine.update(recipe.optimizer.lr)
+        for parameter in expected.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if case["clipping"]:
+            norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), case["clipping"])
+            note("norm", torch.tensor(engine.gradient_norm), norm, f"step {step}")
+        optimizer.step()
+    for name, parameter in engine.model.named_parameters():
+        found = safe_get_full_fp32_param(parameter)
+        if EMPTY not in name and not name.endswith("qkv.bias"):  # Adam makes noise of the key bias' zero gradient
+            note("weight", found, expected[name].detach(), name)
+    engine.deepspeed.destroy()
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, worst)
+    result = {kind: max(other[kind] for other in everyone) for kind in ("loss", "gradient", "weight", "norm")}
+    result["at"] = max(everyone, key=lambda other: other["gradient"]).get("gradient_at")
+    return {"case": case, **result}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    cases_file, results_file = sys.argv[1:3]
+    rank, _ = init_distributed()
+    with open(cases_file) as file:
+        cases = json.load(file)
+    results = []
+    for case in cases:
+        results.append(compare(case))
+        if rank == 0:
+            print(json.dumps(results[-1]), flush=True)
+            with open(results_file, "w") as file:
+                json.dump(results, file)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""``ufo <verb>``: every entry script under one command."""
+
+import importlib
+import sys
+
+from ufo_ds.errors import UserError, run
+
+VERBS = {
+    "train": "train a recipe (with several processes: deepspeed ufo_ds/train.py)",
+    "shards": "turn images into WebDataset shards with a manifest; verify them",
+    "evaluate": "run the benchmarks of a trained run",
+    "extract": "cut one task out of a run as a dense Hugging Face model",
+}
+
+
+def _dispatch(argv: list[str] | None) -> None:
+    verb, *rest = argv or ["--help"]
+    if verb in ("-h", "--help"):
+        width = max(map(len, VERBS))
+        print("usage: ufo VERB ...   (ufo VERB --help)\n")
+        print("\n".join(f"  {name:<{width}}  {text}" for name, text in VERBS.items()))
+        return
+    if verb not in VERBS:
+        raise UserError(f"no verb {verb!r}: use one of {', '.join(VERBS)}")
+    importlib.import_module(f"ufo_ds.{verb}").main(rest)
+
+
+def main() -> int:
+    return run(_dispatch, sys.argv[1:])

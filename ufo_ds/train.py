@@ -1,0 +1,75 @@
+"""Train a recipe with DeepSpeed.
+
+    deepspeed ufo_ds/train.py --deepspeed ds_configs/moe.json
+    deepspeed --num_gpus 8 ufo_ds/train.py --deepspeed ds_configs/moe.json --recipe my.yaml --run_dir runs/my
+
+Also under torchrun, accelerate launch and srun, or alone for one process. The same command again goes on from the last
+checkpoint of the run directory. Any value of the recipe can be set as --section.key VALUE, a task's as
+--tasks.NAME.key VALUE.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # started by its path: the repository, not this folder, is where packages are found
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from ufo_ds import recipe as recipes
+from ufo_ds.errors import UserError, run
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+    """The options, and the recipe's values that the command line overrides.
+
+    Raises:
+        UserError: an option that is neither.
+    """
+    parser = argparse.ArgumentParser(
+        prog="train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--recipe", default="demo", help="a shipped recipe or a YAML file (default: demo)")
+    parser.add_argument("--run_dir", type=Path, help="where the run lives (default: runs/NAME of the recipe)")
+    parser.add_argument("--deepspeed", nargs="?", const="", metavar="JSON", help="how it is spread")
+    parser.add_argument("--deepspeed_config", metavar="JSON", help="the same, in DeepSpeed's own form")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by launchers")
+    options, rest = parser.parse_known_args(argv)
+    overrides = []
+    while rest:
+        key, *rest = rest
+        if not key.startswith("--") or "." not in key:
+            raise UserError(f"unknown argument {key!r}: recipe values are set as --section.key VALUE; see --help")
+        if "=" in key:
+            key, value = key.split("=", 1)
+        elif rest:
+            value, *rest = rest
+        else:
+            raise UserError(f"{key} needs a value")
+        overrides.append((key[2:], value))
+    options.deepspeed = options.deepspeed or options.deepspeed_config
+    if not options.deepspeed:
+        raise UserError("--deepspeed JSON is missing: ds_configs/moe.json is the default layout")
+    return options, overrides
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, check everything that can be checked, build, train."""
+    options, overrides = parse_arguments(argv)
+    recipe = recipes.load(options.recipe, overrides)
+    run_dir = options.run_dir or Path("runs") / recipe.name
+
+    # What costs seconds to import waits until the command line is known to be right.
+    from ufo_ds.parallel import config as configs
+
+    values = configs.load(options.deepspeed)
+    world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+    config = configs.resolve(values, options.deepspeed, recipe, world_size)
+
+    from ufo_ds.training import session
+
+    session.train(recipe, config, run_dir)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,186 @@
+"""Training, from an engine and its data to a run directory with checkpoints and metrics."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ufo_ds import checkpoint
+from ufo_ds.data.mixing import Batch, HeterogeneousBatches, loader
+from ufo_ds.data.source import TrainSource
+from ufo_ds.errors import RankError, UserError
+from ufo_ds.evaluation import benchmarks
+from ufo_ds.parallel import checkpoint as parallel_checkpoint
+from ufo_ds.parallel.engine import Engine
+from ufo_ds.recipe import Recipe, dump
+from ufo_ds.training.run_directory import RunDirectory
+from ufo_ds.training.schedule import learning_rate
+
+
+class Trainer:
+    """One run on one rank.
+
+    Args:
+        sources: training data of every task.
+        images: evaluation images of the tasks with benchmarks.
+        directory: on rank 0, where to record; elsewhere None.
+        checkpoints: where checkpoints go, on all ranks.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        sources: dict[str, TrainSource],
+        images: dict[str, benchmarks.TaskImages],
+        directory: RunDirectory | None,
+        checkpoints: Path,
+    ):
+        self.engine, self.recipe = engine, engine.recipe
+        self.sources, self.images = sources, images
+        self.directory, self.checkpoints = directory, checkpoints
+        self.classes = {name: class_names(source) for name, source in sources.items()}
+        self.unreadable: dict[str, set[int]] = {name: set() for name in sources}
+        self.metrics: dict[str, float] = {}
+
+    def train(self, start: int) -> dict[str, float]:
+        """Train from step ``start`` to the schedule's end; the metrics of the last evaluation.
+
+        Raises:
+            UserError: more unreadable images than ``data.max_corrupt`` allows; no room for a checkpoint.
+        """
+        recipe, gas = self.recipe, self.engine.config.accumulation
+        steps = recipe.schedule.steps
+        if self.directory is not None:
+            self.directory.begin(start)
+        dataset = HeterogeneousBatches(self.sources, self.engine.positions(), gas)
+        pin = self.engine.device.type == "cuda"
+        batches = loader(dataset, start * gas, steps * gas, recipe.data.workers, pin)
+        progress = tqdm(total=steps, initial=start, desc="train", unit="step", disable=_bar_off(self.engine.rank))
+        clock, counted = time.perf_counter(), start
+        for step in range(start, steps):
+            if step == recipe.model.router.freeze_at and self.engine.model.learns_routes:
+                self._report_routes(self.engine.freeze_routes())
+            rate = learning_rate(step, recipe.optimizer, recipe.schedule)
+            parts = self.engine.step(self._checked(islice(batches, gas)), rate)
+            progress.update()
+            done = step + 1
+            if done % recipe.logging.every == 0 or done == steps:
+                seconds, clock = time.perf_counter() - clock, time.perf_counter()
+                self._record_step(done, parts, rate, seconds / (done - counted))
+                counted = done
+            evaluate = done == steps or (recipe.evaluation.every is not None and done % recipe.evaluation.every == 0)
+            is_best = self._evaluate(done) if evaluate else False
+            if is_best or done == steps or done % recipe.checkpoint.every == 0:
+                self._save(done, is_best)
+            if evaluate:  # neither evaluation nor saving counts as training time
+                clock = time.perf_counter()
+        progress.close()
+        return self.metrics
+
+    def _checked(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            for name, indices in batch.skipped.items():
+                self.unreadable[name].update(indices)
+                count, size = len(self.unreadable[name]), len(self.sources[name])
+                if indices and count > self.recipe.data.max_corrupt * size:
+                    raise RankError(
+                        f"task {name}: {count} of {size} images cannot be read, more than data.max_corrupt "
+                        f"{self.recipe.data.max_corrupt}: check them with `ufo shards verify` or raise it"
+                    )
+            yield batch
+
+    def _record_step(self, done: int, parts: torch.Tensor, rate: float, seconds_per_step: float) -> None:
+        losses = self.engine.mean_losses(parts)
+        norm = self.engine.gradient_norm
+        weights = {task.name: task.weight for task in self.recipe.tasks}
+        total = sum(weights[task] * sum(values.values()) for task, values in losses.items())
+        if self.directory is None:
+            return
+        samples = sum(task.samples_per_step for task in self.recipe.tasks)
+        values = {
+            "loss": total,
+            **{f"{task}/{name}": value for task, of_task in losses.items() for name, value in of_task.items()},
+            "learning_rate": rate,
+            **({} if norm is None else {"gradient_norm": norm}),
+            **{f"{name}/unreadable": float(len(found)) for name, found in self.unreadable.items() if found},
+            "images_per_second": samples / seconds_per_step,
+        }
+        self.directory.record(done, values, "train")
+        parts_text = "  ".join(f"{task} {sum(of_task.values()):.3f}" for task, of_task in losses.items())
+        self._say(
+            f"step {done}/{self.recipe.schedule.steps}  loss {total:.3f}  ({parts_text})  lr {rate:.2e}  "
+            f"{values['images_per_second']:.0f} images/s"
+        )
+
+    def _evaluate(self, done: int) -> bool:
+        """Evaluate on all ranks; whether these are the best metrics so far."""
+        if not self.images:
+            return False
+        recipe = self.recipe
+        predictions = self.engine.predict(self.images, recipe.evaluation.batch_size, recipe.data.workers)
+        if self.directory is not None:
+            self.metrics = benchmarks.score(recipe, self.images, predictions, self.classes)
+            self.directory.record(done, self.metrics, "evaluation")
+            for line in benchmarks.table(self.metrics):
+                self._say(f"  {line}")
+        self.metrics = self.engine.from_first(self.metrics)
+        best = checkpoint.read_best(self.checkpoints)
+        value = self.metrics.get(recipe.evaluation.best or "")
+        self.engine.wait_for_all()  # all have read the best so far before it changes
+        return value is not None and (best is None or best[0] >= done or value > best[1])
+
+    def _save(self, done: int, is_best: bool) -> None:
+        index = checkpoint.Index(
+            step=done,
+            recipe=dump(self.recipe),
+            classes=self.classes,
+            routes={
+                name: {unit: list(layers) for unit, layers in routes.items()}
+                for name, routes in self.engine.model.routes.items()
+            },
+            licences={name: source.licences for name, source in self.sources.items()},
+            metrics=self.metrics,
+        )
+        parallel_checkpoint.save(self.engine, self.checkpoints, index)
+        if self.directory is not None:
+            if is_best:
+                assert self.recipe.evaluation.best is not None
+                metric = self.recipe.evaluation.best
+                checkpoint.write_best(self.checkpoints, done, metric, self.metrics[metric])
+            checkpoint.prune(self.checkpoints, self.recipe.checkpoint.keep)
+
+    def _report_routes(self, routes: dict[str, dict[str, tuple[str, ...]]]) -> None:
+        for task, units in routes.items():
+            text = "  ".join(f"{unit} {''.join(route[0] for route in layers)}" for unit, layers in units.items())
+            self._say(f"routes of {task} (s shared, o own; by layer): {text}")
+
+    def _say(self, line: str) -> None:
+        if self.engine.rank == 0:
+            with contextlib.suppress(BrokenPipeError):
+                tqdm.write(line, file=sys.stdout)
+                sys.stdout.flush()
+
+
+def class_names(source: TrainSource) -> list[str]:
+    """Names of the head's classes; those beyond the data's are numbered."""
+    return [*source.classes, *(f"unused {i}" for i in range(len(source.classes), source.num_classes))]
+
+
+def check_best(recipe: Recipe) -> None:
+    """
+    Raises:
+        UserError: ``evaluation.best`` names a metric that no benchmark yields.
+    """
+    best = recipe.evaluation.best
+    names = [f"{task.name}/{benchmark.name}/" for task in recipe.tasks for benchmark in task.benchmarks]
+    if best is not None and not best.startswith(tuple(names)):
+        raise UserError(f"evaluation.best {best!r}: use a metric of one of {', '.join(names)}")
+
+
+def _bar_off(rank: int) -> bool | None:
+    return True if rank else None  # None: shown on a terminal only

@@ -1,0 +1,121 @@
+"""The run directory: all that a run needs to go on.
+
+::
+
+    recipe.yaml        the resolved recipe
+    deepspeed.json     the resolved DeepSpeed configuration
+    metrics.jsonl      one JSON object a line: losses and speed of logged steps, metrics of evaluations
+    tensorboard/       the same for TensorBoard
+    checkpoints/       step-00001000/ ..., best.json
+"""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from ufo_ds import checkpoint
+from ufo_ds.errors import UserError
+from ufo_ds.recipe import Recipe, dump, to_yaml
+
+# What may differ between two starts of one run: where it stops and what it shows, not what it computes.
+_FREE = ("schedule.steps", "data.workers", "evaluation.", "checkpoint.", "logging.")
+
+
+class RunDirectory:
+    """Held by rank 0 from start to end: a second run in the same directory is refused."""
+
+    def __init__(self, path: Path, recipe: Recipe, deepspeed: dict[str, Any], tensorboard: bool):
+        """
+        Raises:
+            UserError: not writable, or another process is training in it.
+        """
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock: TextIO = (path / ".lock").open("a")
+            (path / "checkpoints").mkdir(exist_ok=True)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"--run_dir {path}: another process trains in it: stop that or use another") from None
+            checkpoint.write_text(path / "recipe.yaml", to_yaml(recipe))
+            checkpoint.write_text(path / "deepspeed.json", json.dumps(deepspeed, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--run_dir {path}: {error.strerror}: choose a directory you can write to") from None
+        self._tensorboard = tensorboard
+        self._board: SummaryWriter | None = None
+        self._metrics: TextIO | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def begin(self, step: int) -> None:
+        """Drop what was recorded after ``step``: those steps are about to be computed again."""
+        path = self.path / "metrics.jsonl"
+        kept = [line for line in path.read_text().splitlines() if _step(line) <= step] if path.exists() else []
+        checkpoint.write_text(path, "".join(f"{line}\n" for line in kept))
+        self._metrics = path.open("a")
+        if self._tensorboard:
+            self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+
+    def record(self, step: int, values: dict[str, float], kind: str) -> None:
+        """Append one line; ``kind`` is ``train`` or ``evaluation``."""
+        assert self._metrics is not None
+        print(json.dumps({"step": step, "kind": kind, **values}), file=self._metrics, flush=True)
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        self._lock.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return float("inf")  # cut short by a kill
+
+
+def resume_from(path: Path, recipe: Recipe) -> Path | None:
+    """The newest checkpoint of a run directory, if it is one of this recipe; None where there is none yet.
+
+    Raises:
+        UserError: not a directory, not writable, or a checkpoint of another recipe (naming the first difference).
+    """
+    existing = next(p for p in [path, *path.absolute().parents] if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--run_dir {path}: no permission to write in {existing}: choose another directory")
+    found = checkpoint.find(path / "checkpoints") if path.is_dir() else []
+    if not found:
+        return None
+    saved = checkpoint.Reader(found[-1]).index.recipe
+    for key, was, now in _differences(saved, dump(recipe)):
+        if not key.startswith(_FREE):
+            raise UserError(
+                f"--run_dir {path} holds a checkpoint of another recipe: {key} was {was!r}, is {now!r}: "
+                "use a new directory or restore the value"
+            )
+    return found[-1]
+
+
+def _differences(a: Any, b: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = [*a, *(k for k in b if k not in a)]
+        return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{key}.{k}" if key else k)]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in _differences(x, y, f"{key}.{_tag(x, i)}")]
+    return [] if a == b else [(key, a, b)]
+
+
+def _tag(item: Any, index: int) -> str:
+    return str(item.get("name", index)) if isinstance(item, dict) else str(index)

@@ -1,0 +1,101 @@
+"""From a checked recipe to a finished run: open the data, join the job, build the engine, resume, train."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from ufo_ds.data import demo
+from ufo_ds.data.source import TrainSource
+from ufo_ds.errors import UserError
+from ufo_ds.evaluation import benchmarks
+from ufo_ds.parallel import checkpoint
+from ufo_ds.parallel.config import DistributedConfig
+from ufo_ds.parallel.engine import Engine, finish_distributed, init_distributed, is_lost_rank
+from ufo_ds.recipe import Recipe
+from ufo_ds.training.loop import Trainer, check_best
+from ufo_ds.training.run_directory import RunDirectory, resume_from
+
+
+def train(recipe: Recipe, config: DistributedConfig, run_dir: Path) -> dict[str, float]:
+    """Train, or go on training, in ``run_dir``; the metrics of the last evaluation.
+
+    Raises:
+        UserError: wrong input of any kind; nothing on disk has changed then, unless training had begun.
+    """
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    rank, world_size = init_distributed()
+    try:
+        _make_demo_shards(recipe, rank)
+        sources = {task.name: TrainSource.open(task, recipe.seed) for task in recipe.tasks}
+        images = benchmarks.open_images(recipe)
+        check_best(recipe)
+        last = resume_from(run_dir, recipe)
+        num_classes = {name: source.num_classes for name, source in sources.items()}
+        start_values = None
+        if recipe.model.init is not None and last is None:
+            from ufo_ds.model.dense import pretrained_values  # transformers takes seconds to import
+
+            start_values = pretrained_values(recipe)
+        engine = Engine(recipe, config, num_classes, pretrained=start_values)
+        directory = _open(run_dir, recipe, config, engine)
+        start = checkpoint.load(engine, last).step if last is not None else 0
+        if rank == 0:
+            _announce(engine, run_dir, start)
+        trainer = Trainer(engine, sources, images, directory, run_dir / "checkpoints")
+        metrics = trainer.train(start)
+        if directory is not None:
+            directory.close()
+    except RuntimeError as error:
+        if world_size > 1 and is_lost_rank(error):
+            # The others' tracebacks would bury the one cause there is.
+            print(
+                f"rank {rank}: lost another rank, which was killed or crashed ({str(error).splitlines()[0][:120]}): "
+                f"the same command goes on from the last checkpoint in {run_dir}",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)  # no collective can end well now
+        raise
+    finish_distributed()
+    return metrics
+
+
+def _make_demo_shards(recipe: Recipe, rank: int) -> None:
+    """The demo brings its own data: made once, in seconds, where its recipe looks for it."""
+    directory = Path("data_shards/demo")
+    wanted = any(Path(entry.shards).is_relative_to(directory) for task in recipe.tasks for entry in task.train)
+    if wanted and not directory.exists() and rank == 0:
+        print(f"making the demo's shards in {directory} ...", flush=True)
+        demo.make(directory)
+    if wanted:
+        Engine.wait_for_all()
+
+
+def _open(run_dir: Path, recipe: Recipe, config: DistributedConfig, engine: Engine) -> RunDirectory | None:
+    """Rank 0 holds the directory; if it cannot, all ranks fail alike."""
+    directory, problem = None, None
+    if engine.rank == 0:
+        try:
+            directory = RunDirectory(run_dir, recipe, config.deepspeed, recipe.logging.tensorboard)
+        except UserError as error:
+            problem = str(error)
+    problem = engine.from_first(problem)
+    if problem is not None:
+        raise UserError(problem)
+    return directory
+
+
+def _announce(engine: Engine, run_dir: Path, start: int) -> None:
+    model, placement, config = engine.model, engine.placement, engine.config
+    where = f"going on from step {start}" if start else "starting"
+    print(f"{engine.recipe.name}: {where} in {run_dir}, {engine.recipe.schedule.steps} steps, device {engine.device}")
+    print(
+        f"{engine.world_size} ranks, expert parallel {placement.ep_size} x data parallel {placement.replicas}, "
+        f"ZeRO-{config.stage}, {'bf16' if config.bf16 else 'fp32'}, exchange {config.exchange}, "
+        f"{len(model.recipe.tasks)} tasks"
+    )
+    for e, tasks in enumerate(placement.tasks_of):
+        samples = ", ".join(f"{task} ({engine.samples[task]} samples)" for task in tasks) or "no task"
+        print(f"  expert-parallel rank {e}: {samples}", flush=True)
