@@ -6,7 +6,7 @@ import numpy as np
 
 from ufo_ds.data.sampling import EpochOrder, PKOrder
 from ufo_ds.data.shards import ShardSet
-from ufo_ds.data.transforms import CorruptImage, training_transform
+from ufo_ds.data.transforms import CorruptImage, evaluation_transform, training_transform
 from ufo_ds.errors import UserError
 from ufo_ds.recipe import Task
 from ufo_ds.seeding import numpy_generator
@@ -79,6 +79,10 @@ class TrainSource:
             else:
                 return pixels, int(self.labels[index]), skipped
         raise UserError(f"task {self.task.name}: none of its {len(self)} images can be read: make its shards again")
+
+    def pixels(self, index: int) -> np.ndarray:
+        """A sample as evaluation sees it, uint8 [3, H, W]."""
+        return evaluation_transform(self._read(index), self.task.input)
 
     def _read(self, index: int) -> bytes:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1

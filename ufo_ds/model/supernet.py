@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ufo_ds.data.mixing import Batch
 from ufo_ds.errors import UserError
 from ufo_ds.model.experts import LEARNED, OWN, SHARED, RoutedUnit
-from ufo_ds.model.heads import Outputs, TaskHead, TaskHeads
+from ufo_ds.model.heads import BatchNormNeck, Outputs, TaskHead, TaskHeads
 from ufo_ds.model.layers import FFN, Attention, Embedding, Norm
 from ufo_ds.model.packing import Segment, concatenate, patchify, split
 from ufo_ds.model.router import Choice, Router, Weights
@@ -72,7 +72,12 @@ class Supernet(nn.Module):
     Args:
         recipe: what to build.
         num_classes: classes of every task's head; a task that is not there gets no head.
+
+    Built on the meta device it takes no memory; :func:`init_weights` then gives it values.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, recipe: Recipe, num_classes: Mapping[str, int]):
         super().__init__()
@@ -80,8 +85,8 @@ class Supernet(nn.Module):
         model, backbone = recipe.model, recipe.model.backbone
         self.tasks = {task.name: task for task in recipe.tasks}
         self.routes = {name: routes_of(recipe, name) for name in self.tasks}
-        self.register_buffer("mean", torch.tensor(recipe.data.mean)[:, None, None] * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(recipe.data.std)[:, None, None] * 255, persistent=False)
+        self.register_buffer("mean", torch.empty(3, 1, 1), persistent=False)  # of pixels in 0..255
+        self.register_buffer("std", torch.empty(3, 1, 1), persistent=False)
 
         def build(unit: str, layer: int, make: Callable[[str | None], nn.Module]) -> RoutedUnit:
             routes = {name: self.routes[name][unit][layer] for name in self.tasks}
@@ -98,6 +103,16 @@ class Supernet(nn.Module):
             for name, task in self.tasks.items() if name in num_classes
         })  # fmt: skip
         self.router = Router(self._learned_choices(), model.router.temperature, recipe.seed)
+
+    def fill_constants(self) -> None:
+        """Set all buffers, which a model that comes from the meta device has only room for."""
+        with torch.no_grad():
+            self.mean.copy_(torch.tensor(self.recipe.data.mean)[:, None, None] * 255)
+            self.std.copy_(torch.tensor(self.recipe.data.std)[:, None, None] * 255)
+            for module in self.modules():
+                if isinstance(module, BatchNormNeck):
+                    module.running_mean.zero_()
+                    module.running_var.fill_(1.0)
 
     def grid_hw(self, size: Size) -> tuple[int, int]:
         patch = self.recipe.model.backbone.patch_size
@@ -241,18 +256,13 @@ def init_weights(model: Supernet, device: torch.device | str = "cpu", pretrained
     model.to_empty(device=device)
     recipe = model.recipe
     stds = {f"heads.{task.name}.classifier.weight": task.head.init_std for task in recipe.tasks}
+    model.fill_constants()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             value = pretrained(name, parameter.shape) if pretrained else None
             if value is None:
                 value = initial_value(name, parameter.shape, recipe.seed, stds.get(name, 0.02))
             parameter.copy_(value)
-        for module in model.modules():
-            if hasattr(module, "running_mean"):
-                module.running_mean.zero_()
-                module.running_var.fill_(1.0)
-        model.mean.copy_(torch.tensor(recipe.data.mean)[:, None, None] * 255)
-        model.std.copy_(torch.tensor(recipe.data.std)[:, None, None] * 255)
 
 
 def initial_value(name: str, shape: torch.Size, seed: int, std: float = 0.02) -> Tensor:

@@ -1,0 +1,83 @@
+"""Run the benchmarks of a trained run.
+
+    ufo evaluate runs/demo
+    ufo evaluate runs/demo --task glyphs --pixels
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ufo_ds import checkpoint
+from ufo_ds.data.source import TrainSource
+from ufo_ds.evaluation import benchmarks
+from ufo_ds.evaluation.pixels import nearest_neighbour_scores, pixel_features
+from ufo_ds.model.loading import load_supernet, spec_of
+from ufo_ds.recipe import Recipe, only
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="ufo evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="a run directory (its best checkpoint), or one checkpoint")
+    parser.add_argument("--task", action="append", help="only this task (may be given several times)")
+    parser.add_argument("--last", action="store_true", help="the last checkpoint instead of the best")
+    parser.add_argument("--pixels", action="store_true", help="the floor instead: matching of 32x32 grey pixels")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
+    options = parser.parse_args(argv)
+
+    reader = checkpoint.Reader(checkpoint.of_run(options.run, "last" if options.last else "best"))
+    recipe = only(reader.recipe, options.task) if options.task else reader.recipe
+    metrics = pixel_floor(recipe) if options.pixels else evaluate(reader, recipe, options.device)
+    if options.json:
+        print(json.dumps(metrics))
+    else:
+        what = "pixel matching" if options.pixels else f"step {reader.index.step}"
+        print(f"{options.run}, {what}", file=sys.stderr)
+        print("\n".join(benchmarks.table(metrics)))
+
+
+def evaluate(reader: checkpoint.Reader, recipe: Recipe, device: str) -> dict[str, float]:
+    """Metrics of all benchmarks of a recipe, task by task: one dense path is in memory at a time.
+
+    Raises:
+        UserError: shards or a checkpoint file that is missing or damaged.
+    """
+    reader.verify()
+    metrics: dict[str, float] = {}
+    for name, images in benchmarks.open_images(recipe).items():
+        model = load_supernet(reader, [spec_of(reader, name)], device)
+        size = recipe.evaluation.batch_size
+        predictions = benchmarks.predict(
+            lambda batch, model=model: model(batch.to(device)),
+            {name: images},
+            {name: range(len(images))},
+            -(-len(images) // size),
+            size,
+            recipe.data.workers,
+        )
+        metrics |= benchmarks.score(only(recipe, [name]), {name: images}, predictions, reader.index.classes)
+    return metrics
+
+
+def pixel_floor(recipe: Recipe) -> dict[str, float]:
+    """The same benchmarks by pixel matching; classification by the nearest training image."""
+    metrics: dict[str, float] = {}
+    for name, images in benchmarks.open_images(recipe).items():
+        task = next(t for t in recipe.tasks if t.name == name)
+        features = pixel_features(np.stack([images.load(i) for i in range(len(images))]))
+        scores, classes = np.zeros((len(features), 1), dtype=np.float32), [""]
+        if task.head.type == "linear":
+            source = TrainSource.open(task, recipe.seed)
+            train = pixel_features(np.stack([source.pixels(i) for i in range(len(source))]))
+            classes = source.classes
+            scores = nearest_neighbour_scores(features, train, source.labels, len(classes))
+        predictions = {name: (0, features, scores)}
+        metrics |= benchmarks.score(only(recipe, [name]), {name: images}, predictions, {name: classes})
+    return metrics

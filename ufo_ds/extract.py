@@ -1,0 +1,65 @@
+"""Cut one task out of a run as a dense Hugging Face model.
+
+    ufo extract runs/demo --task glyphs --out glyphs-vit --verify
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from ufo_ds import checkpoint
+from ufo_ds.data.shards import ShardSet
+from ufo_ds.errors import UserError
+from ufo_ds.model.loading import spec_of
+from ufo_ds.model.spec import SubnetSpec
+from ufo_ds.recipe import Recipe
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="ufo extract", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="a run directory (its best checkpoint), or one checkpoint")
+    parser.add_argument("--task", required=True, help="the task to cut out")
+    parser.add_argument("--out", type=Path, required=True, help="directory to make")
+    parser.add_argument("--spec", type=Path, help="a SubnetSpec as JSON (default: the routes of the run)")
+    parser.add_argument("--verify", action="store_true", help="compare with the supernet on image files")
+    parser.add_argument("--images", type=Path, nargs="+", help="files to verify with (default: of the benchmarks)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    options = parser.parse_args(argv)
+
+    reader = checkpoint.Reader(checkpoint.of_run(options.run))
+    reader.verify()
+    spec = SubnetSpec.load(options.spec) if options.spec else spec_of(reader, options.task)
+    if spec.task != options.task:
+        raise UserError(f"--spec {options.spec} is for task {spec.task!r}, --task is {options.task!r}")
+    images = _images(reader.recipe, options.task, options.images) if options.verify else []
+
+    from ufo_ds.subnets import extraction  # transformers takes seconds to import
+
+    parameters = extraction.extract(reader, spec, options.out)
+    result = {"task": spec.task, "out": str(options.out), "step": reader.index.step, "parameters": parameters}
+    if options.verify:
+        result["max_difference"] = extraction.verify(reader, spec, options.out, images)["max_difference"]
+    if options.json:
+        print(json.dumps(result))
+    else:
+        checked = f", differs from the supernet by {result['max_difference']:.1e} at most" if options.verify else ""
+        print(f"{options.out}: {spec.task}, {parameters / 1e6:.2f} M parameters, step {reader.index.step}{checked}")
+
+
+def _images(recipe: Recipe, task: str, files: list[Path] | None, count: int = 32) -> list[bytes]:
+    """Image files to compare with: those given, or some that the recipe knows for this task."""
+    if files:
+        try:
+            return [path.read_bytes() for path in files]
+        except OSError as error:
+            raise UserError(f"--images {error.filename}: {error.strerror}") from None
+    found = next(t for t in recipe.tasks if t.name == task)
+    directories = [d for b in found.benchmarks for d in (b.shards, b.gallery) if d] + [s.shards for s in found.train]
+    for directory in directories:
+        if Path(directory).is_dir():
+            shards = ShardSet.open(directory)
+            step = max(1, len(shards) // count)
+            return [shards.read(index) for index in range(0, len(shards), step)][:count]
+    raise UserError(f"--verify needs images: none of {', '.join(directories) or 'no shards'} is here; give --images")

@@ -1,0 +1,147 @@
+"""The same weights by two naming schemes: one dense path of the supernet, and transformers' ``ViTModel``.
+
+For retrieval the neck's batch norm becomes the stock pooler: a diagonal dense layer with a linear activation, so that
+``pooler_output`` is the embedding. For classification the pooler is the identity.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from transformers import ViTConfig, ViTModel
+
+from ufo_ds.errors import UserError
+from ufo_ds.model.heads import BatchNormNeck
+from ufo_ds.model.layers import resize_position
+from ufo_ds.model.spec import SubnetSpec
+from ufo_ds.model.supernet import Pretrained
+from ufo_ds.recipe import Recipe
+
+Read = Callable[[str], Tensor]  # a parameter or buffer of the supernet by its name
+
+
+def path_names(spec: SubnetSpec, depth: int) -> Iterator[tuple[str, str]]:
+    """For every unit of a path: its name in the supernet and in ``ViTModel`` (attention is spread over four there)."""
+
+    def copy_of(unit: str, layer: int) -> str:
+        return "shared" if spec.routes[unit][layer] == "shared" else f"own.{spec.task}"
+
+    yield f"embed.{copy_of('embed', 0)}", "embeddings"
+    for i in range(depth):
+        yield f"blocks.{i}.norm1.{copy_of('norm', i)}", f"layers.{i}.layernorm_before"
+        yield f"blocks.{i}.attn.{copy_of('attn', i)}", f"layers.{i}.attention"
+        yield f"blocks.{i}.norm2.{copy_of('norm', i)}", f"layers.{i}.layernorm_after"
+        yield f"blocks.{i}.ffn.{copy_of('ffn', i)}", f"layers.{i}.mlp"
+    yield f"norm.{copy_of('norm', depth)}", "layernorm"
+
+
+def vit_config(recipe: Recipe, task: str) -> ViTConfig:
+    """The ``ViTConfig`` of a task's dense model."""
+    backbone = recipe.model.backbone
+    height, width = next(t.input for t in recipe.tasks if t.name == task)
+    return ViTConfig(
+        hidden_size=backbone.dim,
+        num_hidden_layers=backbone.depth,
+        num_attention_heads=backbone.heads,
+        intermediate_size=round(backbone.dim * backbone.mlp_ratio),
+        layer_norm_eps=backbone.layer_norm_eps,
+        image_size=height if height == width else [height, width],
+        patch_size=backbone.patch_size,
+        pooler_act="linear",
+    )
+
+
+def vit_state(recipe: Recipe, spec: SubnetSpec, read: Read) -> dict[str, Tensor]:
+    """State of ``ViTModel`` for a path, reading only its parameters."""
+    backbone = recipe.model.backbone
+    task = next(t for t in recipe.tasks if t.name == spec.task)
+    patch, dim = backbone.patch_size, backbone.dim
+    to_hw = task.input[0] // patch, task.input[1] // patch
+    state: dict[str, Tensor] = {}
+    for ours, theirs in path_names(spec, backbone.depth):
+        if theirs == "embeddings":
+            base = task.input if ".own." in ours else recipe.model.input or recipe.tasks[0].input
+            position = resize_position(read(f"{ours}.position"), (base[0] // patch, base[1] // patch), to_hw)
+            state["embeddings.cls_token"] = read(f"{ours}.cls")[None]
+            state["embeddings.position_embeddings"] = position[None]
+            projection = "embeddings.patch_embeddings.projection"
+            state[f"{projection}.weight"] = read(f"{ours}.patch.weight").view(dim, 3, patch, patch)
+            state[f"{projection}.bias"] = read(f"{ours}.patch.bias")
+        elif theirs.endswith("attention"):
+            for kind in ("weight", "bias"):
+                qkv = read(f"{ours}.qkv.{kind}").chunk(3)
+                for name, value in zip(("q_proj", "k_proj", "v_proj"), qkv, strict=True):
+                    state[f"{theirs}.{name}.{kind}"] = value
+                state[f"{theirs}.o_proj.{kind}"] = read(f"{ours}.proj.{kind}")
+        elif theirs.endswith("mlp"):
+            for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
+                state[f"{theirs}.{name}"] = read(f"{ours}.{name}")
+        else:
+            for kind in ("weight", "bias"):
+                state[f"{theirs}.{kind}"] = read(f"{ours}.{kind}")
+    state["pooler.dense.weight"], state["pooler.dense.bias"] = torch.eye(dim), torch.zeros(dim)
+    if task.head.type == "margin":
+        neck = f"heads.{task.name}.neck"
+        scale = read(f"{neck}.weight") * torch.rsqrt(read(f"{neck}.running_var") + BatchNormNeck.eps)
+        state["pooler.dense.weight"] = torch.diag(scale)
+        state["pooler.dense.bias"] = -scale * read(f"{neck}.running_mean")
+    return state
+
+
+def pretrained_values(recipe: Recipe) -> Pretrained:
+    """Initial values from the ViT that ``model.init`` names, its units copied into the shared and all own copies;
+    position embeddings are resized to each copy's grid. Heads and the router are drawn.
+
+    Raises:
+        UserError: it cannot be loaded, or is of another size.
+    """
+    source, backbone = recipe.model.init, recipe.model.backbone
+    assert source is not None
+    try:
+        model = ViTModel.from_pretrained(source, add_pooling_layer=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.init {source!r} is no ViT checkpoint: {str(error).splitlines()[0]}") from None
+    config = model.config
+    for ours, theirs, name in [
+        (backbone.dim, config.hidden_size, "dim"),
+        (backbone.depth, config.num_hidden_layers, "depth"),
+        (backbone.heads, config.num_attention_heads, "heads"),
+        (round(backbone.dim * backbone.mlp_ratio), config.intermediate_size, "dim x mlp_ratio"),
+        (backbone.patch_size, config.patch_size, "patch_size"),
+    ]:
+        if ours != theirs:
+            raise UserError(f"model.init {source!r} has {name} {theirs}, model.backbone {ours}: make them equal")
+    state = {name: value.float() for name, value in model.state_dict().items()}
+    size = config.image_size if isinstance(config.image_size, list | tuple) else [config.image_size] * 2
+    grid = size[0] // config.patch_size, size[1] // config.patch_size
+    shared = recipe.model.input or recipe.tasks[0].input
+    inputs = {"shared": shared, **{task.name: task.input for task in recipe.tasks}}
+    grids = {name: (h // backbone.patch_size, w // backbone.patch_size) for name, (h, w) in inputs.items()}
+
+    def value(name: str, shape: torch.Size) -> Tensor | None:
+        parts = name.split(".")
+        if parts[0] in ("heads", "router"):
+            return None
+        unit = parts[2] if parts[0] == "blocks" else parts[0]
+        layer = f"layers.{parts[1]}." if parts[0] == "blocks" else ""
+        last, kind = parts[-2], parts[-1]
+        if unit == "embed":
+            if kind == "cls":
+                return state["embeddings.cls_token"][0]
+            if kind == "position":
+                to_hw = grids.get(parts[1] if parts[1] == "shared" else parts[2])
+                if to_hw is None:  # an empty slot's
+                    return None
+                return resize_position(state["embeddings.position_embeddings"][0], grid, to_hw)
+            return state[f"embeddings.patch_embeddings.projection.{kind}"].reshape(shape)
+        if unit == "attn":
+            if last == "qkv":
+                return torch.cat([state[f"{layer}attention.{p}_proj.{kind}"] for p in "qkv"])
+            return state[f"{layer}attention.o_proj.{kind}"]
+        if unit == "ffn":
+            return state[f"{layer}mlp.{last}.{kind}"]
+        norm = {"norm1": "layernorm_before", "norm2": "layernorm_after", "norm": "layernorm"}[unit]
+        return state[f"{layer}{norm}.{kind}"]
+
+    return value
+

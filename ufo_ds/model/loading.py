@@ -1,0 +1,80 @@
+"""A single-device supernet, with some or all of its tasks, out of a checkpoint of any topology."""
+
+import dataclasses
+
+import torch
+
+from ufo_ds.checkpoint import Reader
+from ufo_ds.errors import UserError
+from ufo_ds.model.router import Choice
+from ufo_ds.model.spec import UNITS, SubnetSpec, routes_of
+from ufo_ds.model.supernet import Supernet
+from ufo_ds.recipe import Recipe, number_of_routes, only
+
+
+def load_supernet(reader: Reader, specs: list[SubnetSpec], device: torch.device | str = "cpu") -> Supernet:
+    """The part of a checkpoint's supernet that some tasks need, on the given paths, in evaluation mode.
+
+    Raises:
+        UserError: a task that the checkpoint lacks.
+    """
+    tasks = [spec.task for spec in specs]
+    recipe = only(reader.recipe, tasks)
+    for spec in specs:
+        check_path(reader, spec)
+        recipe = _with_routes(recipe, spec)
+    with torch.device("meta"):
+        model = Supernet(recipe, {task: len(reader.index.classes[task]) for task in tasks})
+    model.to_empty(device=device)
+    model.fill_constants()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(reader.parameter(name))
+        for name, buffer in model.named_buffers():
+            if name in reader.index.buffers:
+                buffer.copy_(reader.buffer(name))
+    return model.eval()
+
+
+def spec_of(reader: Reader, task: str) -> SubnetSpec:
+    """A task's path in a checkpoint: routes still being learned go to the more probable copy.
+
+    Raises:
+        UserError: a task that the checkpoint lacks.
+    """
+    recipe = only(reader.recipe, [task])
+    routes = {unit: list(layers) for unit, layers in reader.index.routes[task].items()}
+    # The router's rows are the routes that the recipe left to learning, in its order, frozen or not.
+    asked: list[Choice] = [
+        (unit, i)
+        for unit in UNITS
+        for i, route in enumerate(routes_of(recipe, task)[unit])
+        if route == "learned"
+    ]
+    if any("learned" in layers for layers in routes.values()):
+        logits_R2 = reader.parameter(f"router.logits.{task}")
+        for (unit, i), (shared, own) in zip(asked, logits_R2.tolist(), strict=True):
+            if routes[unit][i] == "learned":
+                routes[unit][i] = "own" if own > shared else "shared"
+    return SubnetSpec(task, {unit: tuple(routes[unit]) for unit in UNITS})
+
+
+def check_path(reader: Reader, spec: SubnetSpec) -> None:
+    """
+    Raises:
+        UserError: the path has another number of layers than the model, or an own copy of a unit without experts.
+    """
+    model = reader.recipe.model
+    for unit, layers in spec.routes.items():
+        wanted = number_of_routes(unit, model.backbone.depth)
+        if len(layers) != wanted:
+            raise UserError(f"spec of {spec.task}: {len(layers)} routes of {unit}, this model has {wanted}")
+        if "own" in layers and unit not in model.experts:
+            raise UserError(f"spec of {spec.task}: {unit} is own, but this model has only a shared {unit}")
+
+
+def _with_routes(recipe: Recipe, spec: SubnetSpec) -> Recipe:
+    """Learned routes are decided by now: no router is needed."""
+    routes = {unit: list(layers) for unit, layers in spec.routes.items()}
+    tasks = [dataclasses.replace(t, routes=routes) if t.name == spec.task else t for t in recipe.tasks]
+    return dataclasses.replace(recipe, tasks=tasks)

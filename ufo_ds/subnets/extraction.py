@@ -1,0 +1,183 @@
+"""One path of a checkpoint as a dense Hugging Face model, and the certificate that it computes the same.
+
+The directory needs no code of ours: ``ViTModel`` (embedding in ``pooler_output``) or, for a classification task,
+``ViTForImageClassification``, with the settings of its image processor, a model card and the spec of the path.
+"""
+
+import io
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    ViTModel,
+)
+
+from ufo_ds.checkpoint import Reader, write_text
+from ufo_ds.data.mixing import Batch, TaskBatch
+from ufo_ds.data.transforms import evaluation_transform
+from ufo_ds.errors import UserError
+from ufo_ds.model.dense import vit_config, vit_state
+from ufo_ds.model.loading import check_path, load_supernet
+from ufo_ds.model.spec import SubnetSpec
+from ufo_ds.recipe import Recipe, Task
+
+TOLERANCE = 1e-5  # of the largest output, in fp32
+CERTIFICATE = "certificate.json"
+
+
+def extract(reader: Reader, spec: SubnetSpec, out: Path) -> int:
+    """Write the dense model of a path; only its parameters are read. Returns their number.
+
+    Raises:
+        UserError: ``out`` exists, or the path does not fit the model.
+    """
+    recipe = reader.recipe
+    task = _task(recipe, spec.task)
+    check_path(reader, spec)
+
+    def read(name: str) -> torch.Tensor:
+        return reader.buffer(name) if name in reader.index.buffers else reader.parameter(name)
+
+    config = vit_config(recipe, spec.task)
+    state = vit_state(recipe, spec, read)
+    model_class: type = ViTModel
+    if task.head.type == "linear":
+        names = reader.index.classes[spec.task]
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: label for label, name in enumerate(names)}
+        model_class = ViTForImageClassification
+        state = {f"vit.{name}": value for name, value in state.items()}
+        state["classifier.weight"] = read(f"heads.{spec.task}.classifier.weight")
+        state["classifier.bias"] = read(f"heads.{spec.task}.classifier.bias")
+    with torch.device("meta"):
+        model = model_class(config)
+    missing = set(model.state_dict()) - set(state)
+    assert not missing, missing
+    try:
+        out.mkdir(parents=True)
+        # The pooler of a classification model is not part of its class, but of the AutoModel in the same directory.
+        model.save_pretrained(out, state_dict={name: value.contiguous() for name, value in state.items()})
+        image_processor(recipe, task).save_pretrained(out)
+        write_text(out / "spec.json", spec.to_json() + "\n")
+        parameters = sum(value.numel() for value in state.values())
+        write_text(out / "README.md", _card(reader, task, spec, parameters))
+    except FileExistsError:
+        raise UserError(f"--out {out} exists: choose another directory or delete it") from None
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}: choose a directory with room that you can write to") from None
+    return parameters
+
+
+def image_processor(recipe: Recipe, task: Task) -> ViTImageProcessorPil:
+    """Preprocessing of a task's benchmarks, as transformers does it."""
+    return ViTImageProcessorPil(
+        size={"height": task.input[0], "width": task.input[1]},
+        resample=Image.Resampling.BILINEAR,
+        image_mean=list(recipe.data.mean),
+        image_std=list(recipe.data.std),
+        do_convert_rgb=True,
+    )
+
+
+def verify(reader: Reader, spec: SubnetSpec, directory: Path, images: list[bytes]) -> dict[str, float | int | str]:
+    """Run image files through AutoImageProcessor and the extracted model, and through the supernet; compare.
+
+    The certificate beside the model says by how much they differ at most, relative to the largest output.
+
+    Raises:
+        UserError: by more than :data:`TOLERANCE`, or not at all comparable.
+    """
+    recipe = reader.recipe
+    task = _task(recipe, spec.task)
+    processor = AutoImageProcessor.from_pretrained(directory)
+    opened = [Image.open(io.BytesIO(image)) for image in images]
+    pixels = processor(images=[image.convert("RGB") for image in opened], return_tensors="pt").pixel_values
+    supernet = load_supernet(reader, [spec])
+    uint8 = torch.from_numpy(np.stack([evaluation_transform(image, task.input) for image in images]))
+    empty = torch.zeros(len(uint8), dtype=torch.int64)
+    batch = Batch(0, 0, {task.name: TaskBatch(uint8, empty, range(len(uint8)), len(uint8))}, {})
+    with torch.no_grad():
+        wanted = supernet(batch)[task.name]
+        try:
+            found = [(AutoModel.from_pretrained(directory).eval()(pixels).pooler_output, wanted.embedding)]
+            if task.head.type == "linear":
+                classifier = AutoModelForImageClassification.from_pretrained(directory).eval()
+                found.append((classifier(pixels).logits, wanted.logits))
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"{directory} does not run: {str(error).splitlines()[0]}") from None
+    difference = max(((a - b).abs().max() / b.abs().max()).item() for a, b in found)
+    certificate = {
+        "task": task.name,
+        "step": reader.index.step,
+        "images": len(images),
+        "max_difference": difference,
+        "max_absolute_difference": max((a - b).abs().max().item() for a, b in found),
+        "tolerance": TOLERANCE,
+        "image_processor": type(processor).__name__,
+        "passed": difference <= TOLERANCE,  # false for NaN too
+    }
+    write_text(directory / CERTIFICATE, json.dumps(certificate, indent=2) + "\n")
+    if not certificate["passed"]:
+        raise UserError(
+            f"{directory} differs from the supernet by {difference:.1e} of the largest output, more than {TOLERANCE:g}: "
+            "its weights or its preprocessing are not those of the run"
+        )
+    return certificate
+
+
+def _task(recipe: Recipe, name: str) -> Task:
+    found = [task for task in recipe.tasks if task.name == name]
+    if not found:
+        raise UserError(f"no task {name!r} in {recipe.name}; it has {', '.join(t.name for t in recipe.tasks)}")
+    return found[0]
+
+
+def _card(reader: Reader, task: Task, spec: SubnetSpec, parameters: int) -> str:
+    """A model card, with the front matter that the hub reads."""
+    metrics = {k: v for k, v in reader.index.metrics.items() if k.startswith(f"{task.name}/")}
+    linear = task.head.type == "linear"
+    use = (
+        "AutoModelForImageClassification.from_pretrained(path)(**inputs).logits" if linear
+        else "AutoModel.from_pretrained(path)(**inputs).pooler_output  # compare by cosine"
+    )  # fmt: skip
+    routes = asdict(spec)["routes"]
+    rows = "\n".join(f"| {unit} | {' '.join(layers)} |" for unit, layers in routes.items())
+    scores = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items()) or "| none recorded | |"
+    licences = "; ".join(reader.index.licences.get(task.name, [])) or "unknown"
+    return f"""---
+library_name: transformers
+pipeline_tag: {"image-classification" if linear else "image-feature-extraction"}
+---
+
+# {task.name}
+
+The dense model of the task `{task.name}`, cut out of the multi-task supernet `{reader.recipe.name}` (step
+{reader.index.step}) with ufo_ds: {parameters / 1e6:.2f} M parameters, input {task.input[0]}x{task.input[1]}.
+
+```python
+from PIL import Image
+from transformers import AutoImageProcessor, {"AutoModelForImageClassification" if linear else "AutoModel"}
+
+inputs = AutoImageProcessor.from_pretrained(path)(Image.open(file).convert("RGB"), return_tensors="pt")
+{use}
+```
+
+| metric of the supernet at that step | |
+|---|---|
+{scores}
+
+| unit | copy, by layer |
+|---|---|
+{rows}
+
+Licences of the images it was trained on (the shared copies saw all tasks' images): {licences}.
+"""
