@@ -101,7 +101,6 @@ class Head:
     """``linear``: logits. ``margin``: a BN neck and a cosine classifier (its loss adds the margin)."""
 
     type: Literal["linear", "margin"]
-    init_std: Annotated[float, Field(gt=0)] = 0.02
 
 
 @_config

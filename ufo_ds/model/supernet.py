@@ -254,24 +254,32 @@ def init_weights(model: Supernet, device: torch.device | str = "cpu", pretrained
         pretrained: ``(name, shape)`` -> the value to start from, or None where there is none.
     """
     model.to_empty(device=device)
-    recipe = model.recipe
-    stds = {f"heads.{task.name}.classifier.weight": task.head.init_std for task in recipe.tasks}
     model.fill_constants()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             value = pretrained(name, parameter.shape) if pretrained else None
             if value is None:
-                value = initial_value(name, parameter.shape, recipe.seed, stds.get(name, 0.02))
+                value = initial_value(name, parameter.shape, model.recipe.seed)
             parameter.copy_(value)
 
 
-def initial_value(name: str, shape: torch.Size, seed: int, std: float = 0.02) -> Tensor:
-    """Norms 1, biases and the router's logits 0, all else a normal cut at two standard deviations (as ViTs are)."""
+def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
+    """The initialisation of big_vision's ViT: norms 1, biases and class tokens 0, matrices by Glorot and Bengio
+    (2010), position embeddings of standard deviation 1 / sqrt(D). The router's logits are 0, classifiers small."""
     parts = name.split(".")
     unit = parts[2] if parts[0] in ("blocks", "heads") else parts[0]
-    if unit == "router" or parts[-1] == "bias":
+    if unit == "router" or parts[-1] in ("bias", "cls"):
         return torch.zeros(shape)
     if unit in ("norm", "norm1", "norm2", "neck"):
         return torch.ones(shape)
     generator = torch_generator(seed, "init", re.sub(r"\.own\.[a-z0-9_]+\.", ".shared.", name))
-    return nn.init.trunc_normal_(torch.empty(shape), std=std, a=-2 * std, b=2 * std, generator=generator)
+    value = torch.empty(shape)
+    if unit == "classifier":
+        return nn.init.normal_(value, std=0.01, generator=generator)
+    if parts[-1] == "position":
+        return nn.init.normal_(value, std=shape[1] ** -0.5, generator=generator)
+    if parts[-2] == "qkv":  # three matrices in one
+        for part in value.chunk(3):
+            nn.init.xavier_uniform_(part, generator=generator)
+        return value
+    return nn.init.xavier_uniform_(value, generator=generator)

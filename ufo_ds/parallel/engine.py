@@ -39,6 +39,9 @@ def init_distributed() -> tuple[int, int]:
         os.environ.setdefault(name, value)
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_PORT", "0")
+    # On CPUs DeepSpeed would compile collectives over shared memory: a minute at the first start, and a rank that
+    # waits there for one that was killed waits for ever. gloo notices.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         deepspeed.init_distributed(verbose=False)
     return dist.get_rank(), dist.get_world_size()

@@ -1,0 +1,41 @@
+# make demo | test | install | check | test-matrix
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+# Several processes on one machine: a thread each, or they take the cores from each other.
+export OMP_NUM_THREADS ?= 1
+# Says what is there anyhow, and keeps DeepSpeed from looking for a GPU; a machine with one leaves it unset.
+ifeq ($(wildcard /dev/nvidia0),)
+export DS_ACCELERATOR ?= cpu
+endif
+
+.PHONY: demo test test-matrix install check clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: .venv/installed
+	@rm -rf runs/demo
+	$(BIN)/deepspeed ufo_ds/train.py --deepspeed ds_configs/moe.json --run_dir runs/demo
+	@echo; $(BIN)/ufo evaluate runs/demo --pixels
+	@echo; $(BIN)/ufo evaluate runs/demo
+	@echo; for task in digits glyphs; do $(BIN)/ufo extract runs/demo --task $$task --out runs/demo/$$task --verify; done
+
+test: .venv/installed
+	$(BIN)/python -m pytest -m "not matrix"
+
+test-matrix: .venv/installed
+	$(BIN)/python -m pytest -m matrix -s
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv runs build *.egg-info
