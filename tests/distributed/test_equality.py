@@ -1,0 +1,82 @@
+"""A DeepSpeed run equals one process: ranks x expert parallelism x ZeRO x exchange x routes (see equality.py)."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+BOUND = 1e-5  # max |difference| / max |reference|, fp32
+
+
+def case(
+    ep, stage, exchange="aligned", routes="learned", tasks=4, optimizer="sgd", clipping=0.5, accumulation=2, last=2
+):
+    return {
+        "ep": ep, "stage": stage, "exchange": exchange, "routes": routes, "tasks": tasks, "optimizer": optimizer,
+        "clipping": clipping, "accumulation": accumulation, "last": last,
+    }  # fmt: skip
+
+
+def run_cases(ranks: int, cases: list[dict], tmp_path: Path) -> list[dict]:
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command += ["tests/distributed/equality.py", str(tmp_path / "cases.json"), str(tmp_path / "results.json")]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((tmp_path / "results.json").read_text())
+
+
+def check(ranks: int, cases: list[dict], tmp_path: Path) -> None:
+    results = run_cases(ranks, cases, tmp_path)
+    assert [result["case"] for result in results] == cases
+    for result in results:
+        line = f"{ranks} ranks {json.dumps(result)}"
+        print(line)
+        assert result["loss"] <= BOUND, line
+        assert result["gradient"] <= BOUND, line
+        assert result["norm"] <= BOUND, line
+        assert result["weight"] <= (BOUND if result["case"]["optimizer"] == "sgd" else 10 * BOUND), line
+
+
+def test_two_ranks(tmp_path):
+    cases = [
+        case(2, 3),
+        case(2, 3, "input", "frozen", tasks=3, accumulation=1),
+        case(2, 3, "layer", optimizer="adamw", clipping=0.0),
+        case(2, 3, "layer", "frozen", last=1),
+        case(2, 2, "aligned", "frozen", tasks=3, optimizer="adamw"),
+        case(2, 1, "layer", tasks=3),
+        case(1, 3, optimizer="adamw"),
+        case(1, 1, routes="frozen", last=1),
+    ]
+    check(2, cases, tmp_path)
+
+
+def test_four_ranks(tmp_path):
+    # Two data-parallel copies of each expert, and a task with a single sample: absent on a rank that holds it.
+    check(4, [case(2, 3, last=1), case(4, 3, "layer", "frozen", tasks=3), case(2, 2, "input", "frozen", tasks=3)], tmp_path)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_matrix(ranks, tmp_path):
+    cases = [
+        case(ep, stage, exchange, routes, tasks, optimizer, clipping, accumulation, last)
+        for ep in (1, 2, 4)
+        if ep <= ranks
+        for stage, exchange, routes in itertools.product(
+            (1, 2, 3), ("aligned", "input", "layer") if ep > 1 else ("aligned",), ("learned", "frozen")
+        )
+        # Not all combinations of these, but each value with each of the others' and of those above.
+        for tasks, optimizer, clipping, accumulation, last in [
+            (4, "sgd", 0.5, 2, 1) if (stage + len(exchange)) % 2 else (3, "adamw", 0.0, 1, 2),
+            (3, "sgd", 0.5, 1, 2) if (stage + len(exchange)) % 2 else (4, "adamw", 0.5, 2, 1),
+        ]
+    ]
+    check(ranks, cases, tmp_path)
