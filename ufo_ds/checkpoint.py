@@ -65,7 +65,7 @@ class Reader:
             values = json.loads((directory / INDEX).read_text())
             parameters = {name: Parameter(**p) for name, p in values.pop("parameters").items()}
             self.index = Index(parameters=parameters, **values)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{directory} is no checkpoint: {error}") from None
         if self.index.version != VERSION:
             raise UserError(f"{directory}: version {self.index.version}, expected {VERSION}: train again")

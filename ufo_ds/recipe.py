@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
@@ -177,6 +178,12 @@ class Task:
     routes: dict[Unit, Route | list[Route]] = dataclasses.field(default_factory=dict)  # over model.routes
     augment: Augment = dataclasses.field(default_factory=Augment)
     benchmarks: list[Benchmark] = dataclasses.field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _free_name(self) -> "Task":
+        if hasattr(torch.nn.ModuleDict, self.name):  # modules are named after tasks
+            raise ValueError(f"the name {self.name!r} is taken by PyTorch: choose another, such as {self.name}_task")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> "Task":

@@ -114,9 +114,9 @@ def pretrained_values(recipe: Recipe) -> Pretrained:
     state = {name: value.float() for name, value in model.state_dict().items()}
     size = config.image_size if isinstance(config.image_size, list | tuple) else [config.image_size] * 2
     grid = size[0] // config.patch_size, size[1] // config.patch_size
-    shared = recipe.model.input or recipe.tasks[0].input
-    inputs = {"shared": shared, **{task.name: task.input for task in recipe.tasks}}
-    grids = {name: (h // backbone.patch_size, w // backbone.patch_size) for name, (h, w) in inputs.items()}
+    inputs = {"embed.shared": recipe.model.input or recipe.tasks[0].input}
+    inputs |= {f"embed.own.{task.name}": task.input for task in recipe.tasks}
+    grids = {unit: (h // backbone.patch_size, w // backbone.patch_size) for unit, (h, w) in inputs.items()}
 
     def value(name: str, shape: torch.Size) -> Tensor | None:
         parts = name.split(".")
@@ -129,7 +129,7 @@ def pretrained_values(recipe: Recipe) -> Pretrained:
             if kind == "cls":
                 return state["embeddings.cls_token"][0]
             if kind == "position":
-                to_hw = grids.get(parts[1] if parts[1] == "shared" else parts[2])
+                to_hw = grids.get(".".join(parts[:-1]))
                 if to_hw is None:  # an empty slot's
                     return None
                 return resize_position(state["embeddings.position_embeddings"][0], grid, to_hw)

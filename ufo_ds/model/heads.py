@@ -61,13 +61,15 @@ class BatchNormNeck(nn.Module):
     def _batch_statistics(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
         # Two passes: the mean of squares minus the square of the mean cancels where features hardly differ.
         total = self.group.all_reduce(torch.cat([x_BD.sum(0), x_BD.new_tensor([float(len(x_BD))])]))
-        count = total[-1].detach().clamp(min=1.0)
+        found = total[-1].detach()
+        count = found.clamp(min=1.0)
         mean_D = total[:-1] / count
         var_D = self.group.all_reduce((x_BD - mean_D).square().sum(0)) / count
         with torch.no_grad():
             unbiased_D = var_D * (count / (count - 1).clamp(min=1.0))
-            self.running_mean.lerp_(mean_D, self.momentum)
-            self.running_var.lerp_(unbiased_D, self.momentum)
+            # No sample says nothing about the mean, one nothing about the variance. As a factor, to not ask the device.
+            self.running_mean.lerp_(mean_D, self.momentum * (found >= 1))
+            self.running_var.lerp_(unbiased_D, self.momentum * (found >= 2))
         return mean_D, var_D
 
 

@@ -39,6 +39,8 @@ class SubnetSpec:
         if not isinstance(routes, dict) or set(routes) != set(UNITS):
             raise UserError(f"{source}: routes needs the units {', '.join(UNITS)}")
         for unit, layers in routes.items():
+            if not isinstance(layers, list):
+                raise UserError(f"{source}: routes of {unit} are {layers!r}: give a list, one route a layer")
             for layer in layers:
                 if layer not in ("shared", "own"):
                     raise UserError(f"{source}: route {layer!r} of {unit}: use shared or own")

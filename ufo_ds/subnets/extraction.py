@@ -32,6 +32,7 @@ from ufo_ds.recipe import Recipe, Task
 
 TOLERANCE = 1e-5  # of the largest output, in fp32
 CERTIFICATE = "certificate.json"
+MAX_FLOAT = torch.finfo(torch.float32).max
 
 
 def extract(reader: Reader, spec: SubnetSpec, out: Path) -> int:
@@ -96,34 +97,31 @@ def verify(reader: Reader, spec: SubnetSpec, directory: Path, images: list[bytes
     Raises:
         UserError: by more than :data:`TOLERANCE`, or not at all comparable.
     """
-    recipe = reader.recipe
-    task = _task(recipe, spec.task)
-    processor = AutoImageProcessor.from_pretrained(directory)
-    opened = [Image.open(io.BytesIO(image)) for image in images]
-    pixels = processor(images=[image.convert("RGB") for image in opened], return_tensors="pt").pixel_values
+    task = _task(reader.recipe, spec.task)
+    (directory / CERTIFICATE).unlink(missing_ok=True)  # one of earlier says nothing about what lies there now
     supernet = load_supernet(reader, [spec])
     uint8 = torch.from_numpy(np.stack([evaluation_transform(image, task.input) for image in images]))
     empty = torch.zeros(len(uint8), dtype=torch.int64)
     batch = Batch(0, 0, {task.name: TaskBatch(uint8, empty, range(len(uint8)), len(uint8))}, {})
     with torch.no_grad():
         wanted = supernet(batch)[task.name]
-        try:
-            found = [(AutoModel.from_pretrained(directory).eval()(pixels).pooler_output, wanted.embedding)]
-            if task.head.type == "linear":
-                classifier = AutoModelForImageClassification.from_pretrained(directory).eval()
-                found.append((classifier(pixels).logits, wanted.logits))
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"{directory} does not run: {str(error).splitlines()[0]}") from None
-    difference = max(((a - b).abs().max() / b.abs().max()).item() for a, b in found)
+    try:
+        processor, found = _run_stock(directory, images, classify=task.head.type == "linear")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{directory} does not run: {str(error).splitlines()[0]}") from None
+    # torch's maximum keeps a NaN, which then passes no comparison; a model without any number is no model.
+    absolute = torch.stack([(a - b).abs().max() for a, b in zip(found, wanted, strict=False)])
+    largest = torch.stack([b.abs().max() for _, b in zip(found, wanted, strict=False)])
+    difference = torch.nan_to_num((absolute / largest).max(), nan=torch.inf).item()
     certificate = {
         "task": task.name,
         "step": reader.index.step,
         "images": len(images),
-        "max_difference": difference,
-        "max_absolute_difference": max((a - b).abs().max().item() for a, b in found),
+        "max_difference": min(difference, MAX_FLOAT),  # JSON has no infinity
+        "max_absolute_difference": min(torch.nan_to_num(absolute.max(), nan=torch.inf).item(), MAX_FLOAT),
         "tolerance": TOLERANCE,
-        "image_processor": type(processor).__name__,
-        "passed": difference <= TOLERANCE,  # false for NaN too
+        "image_processor": processor,
+        "passed": difference <= TOLERANCE,
     }
     write_text(directory / CERTIFICATE, json.dumps(certificate, indent=2) + "\n")
     if not certificate["passed"]:
@@ -132,6 +130,17 @@ def verify(reader: Reader, spec: SubnetSpec, directory: Path, images: list[bytes
             "its weights or its preprocessing are not those of the run"
         )
     return certificate
+
+
+def _run_stock(directory: Path, images: list[bytes], classify: bool) -> tuple[str, list[torch.Tensor]]:
+    """Image files through what is in the directory, by transformers alone: embeddings, and logits to classify."""
+    processor = AutoImageProcessor.from_pretrained(directory)
+    pixels = processor(images=[Image.open(io.BytesIO(image)) for image in images], return_tensors="pt").pixel_values
+    with torch.no_grad():
+        outputs = [AutoModel.from_pretrained(directory).eval()(pixels).pooler_output]
+        if classify:
+            outputs.append(AutoModelForImageClassification.from_pretrained(directory).eval()(pixels).logits)
+    return type(processor).__name__, outputs
 
 
 def _task(recipe: Recipe, name: str) -> Task:
@@ -167,7 +176,7 @@ The dense model of the task `{task.name}`, cut out of the multi-task supernet `{
 from PIL import Image
 from transformers import AutoImageProcessor, {"AutoModelForImageClassification" if linear else "AutoModel"}
 
-inputs = AutoImageProcessor.from_pretrained(path)(Image.open(file).convert("RGB"), return_tensors="pt")
+inputs = AutoImageProcessor.from_pretrained(path)(Image.open(file), return_tensors="pt")
 {use}
 ```
 

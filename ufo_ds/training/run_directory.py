@@ -15,8 +15,6 @@ import os
 from pathlib import Path
 from typing import Any, TextIO
 
-from torch.utils.tensorboard.writer import SummaryWriter
-
 from ufo_ds import checkpoint
 from ufo_ds.errors import UserError
 from ufo_ds.recipe import Recipe, dump, to_yaml
@@ -47,7 +45,7 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"--run_dir {path}: {error.strerror}: choose a directory you can write to") from None
         self._tensorboard = tensorboard
-        self._board: SummaryWriter | None = None
+        self._board: Any = None
         self._metrics: TextIO | None = None
 
     @property
@@ -61,6 +59,8 @@ class RunDirectory:
         checkpoint.write_text(path, "".join(f"{line}\n" for line in kept))
         self._metrics = path.open("a")
         if self._tensorboard:
+            from torch.utils.tensorboard.writer import SummaryWriter  # takes seconds to import
+
             self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
 
     def record(self, step: int, values: dict[str, float], kind: str) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from ufo_ds.data import demo
 from ufo_ds.data.source import TrainSource
 from ufo_ds.errors import UserError
 from ufo_ds.evaluation import benchmarks
@@ -68,6 +67,8 @@ def _make_demo_shards(recipe: Recipe, rank: int) -> None:
     wanted = any(Path(entry.shards).is_relative_to(directory) for task in recipe.tasks for entry in task.train)
     if wanted and not directory.exists() and rank == 0:
         print(f"making the demo's shards in {directory} ...", flush=True)
+        from ufo_ds.data import demo  # takes seconds to import
+
         demo.make(directory)
     if wanted:
         Engine.wait_for_all()

@@ -1,0 +1,186 @@
+"""Real runs over real shards: started by a launcher, killed, gone on with."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from ufo_ds import checkpoint
+
+REPOSITORY = Path(__file__).parents[2]
+LAUNCHER = {
+    1: [sys.executable],
+    2: [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"],
+    4: [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"],
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    return tiny.make(tmp_path_factory.mktemp("tiny"))
+
+
+def command(ranks: int, recipe: Path, run: Path, *more: str) -> list[str]:
+    return [
+        *LAUNCHER[ranks], str(REPOSITORY / "ufo_ds" / "train.py"), "--deepspeed", "ds_configs/moe.json",
+        "--recipe", str(recipe), "--run_dir", str(run), *more,
+    ]  # fmt: skip
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    # A session of its own: whatever a test starts, it can end as a whole.
+    port = {"MASTER_PORT": str(20000 + os.getpid() % 10000)}
+    return subprocess.Popen(
+        arguments, cwd=REPOSITORY, env=os.environ | port, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 240) -> str:
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return output
+
+
+def train(ranks: int, recipe: Path, run: Path, *more: str) -> str:
+    process = start(command(ranks, recipe, run, *more))
+    output = finish(process)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def recorded(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+
+
+def wait_for(condition, process: subprocess.Popen[str], timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the ranks: those in the launcher's session that run train.py themselves."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            same = os.getsid(int(path.name)) == process.pid
+        except OSError:
+            continue
+        script = next((i for i, word in enumerate(words) if word.endswith(b"ufo_ds/train.py")), None)
+        if same and script in (1, 2) and b"-m" not in words:
+            found.append(int(path.name))
+    return sorted(found)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(recipe, tmp_path_factory) -> Path:
+    """Twelve steps on two ranks, EP 2, ZeRO-3."""
+    run = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    output = train(2, recipe, run)
+    assert "expert parallel 2 x data parallel 1, ZeRO-3" in output
+    return run
+
+
+def test_records_and_keeps(uninterrupted):
+    steps = [line["step"] for line in recorded(uninterrupted) if line["kind"] == "train"]
+    assert steps == list(range(1, 13))
+    found = [path.name for path in checkpoint.find(uninterrupted / "checkpoints")]
+    best = checkpoint.read_best(uninterrupted / "checkpoints")
+    assert best is not None
+    assert found[-2:] == ["step-00000008", "step-00000012"]
+    assert checkpoint.name_of(best[0]) in found
+
+
+@pytest.mark.parametrize("victims", ["one", "all"])
+def test_kill_and_go_on(victims, recipe, uninterrupted, tmp_path):
+    """kill -9 in the middle of a step: over within seconds, the cause said; then the same numbers to the bit."""
+    run = tmp_path / "run"
+    process = start(command(2, recipe, run))
+    metrics = run / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and '"step": 6, "kind": "train"' in metrics.read_text(), process)
+    pids = ranks_of(process)
+    assert len(pids) == 2
+    for pid in pids if victims == "all" else pids[1:]:
+        os.kill(pid, signal.SIGKILL)
+    output = finish(process, timeout=60)
+    assert process.returncode != 0
+    if victims == "one":
+        assert "lost another rank, which was killed or crashed" in output
+        assert "Traceback" not in output
+    assert "going on from step 4" in train(2, recipe, run)
+    assert recorded(run) == recorded(uninterrupted)
+    assert weights(run) == weights(uninterrupted)
+
+
+def test_kill_while_saving(recipe, uninterrupted, tmp_path):
+    """At most the checkpoint being written is lost."""
+    run = tmp_path / "run"
+    process = start(command(2, recipe, run))
+    unfinished = run / "checkpoints" / ".step-00000008.tmp"
+    wait_for(lambda: unfinished.exists(), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    finish(process)
+    steps = [int(re.findall(r"\d+", path.name)[0]) for path in checkpoint.find(run / "checkpoints")]
+    assert 4 in steps or 6 in steps or 8 in steps
+    train(2, recipe, run)
+    assert recorded(run) == recorded(uninterrupted)
+    assert not list((run / "checkpoints").glob(".*.tmp"))
+
+
+def test_other_topology(recipe, uninterrupted, tmp_path):
+    """A checkpoint of two ranks with EP 2 goes on with one process and with four ranks: the same up to rounding."""
+    for ranks in (1, 4):
+        run = tmp_path / f"run{ranks}"
+        (run / "checkpoints").mkdir(parents=True)
+        source = uninterrupted / "checkpoints" / "step-00000008"
+        subprocess.run(["cp", "-r", source, run / "checkpoints"], check=True)
+        assert "going on from step 8" in train(ranks, recipe, run)
+        expected = [line for line in recorded(uninterrupted) if line["step"] > 8 and line["kind"] == "train"]
+        found = [line for line in recorded(run) if line["kind"] == "train"]
+        assert [line["step"] for line in found] == [line["step"] for line in expected]
+        for a, b in zip(found, expected, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_bf16_and_zero_stages(recipe, tmp_path):
+    """bf16 at every ZeRO stage trains, saves and evaluates; the loss falls as in fp32."""
+    for stage in (1, 2, 3):
+        config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}, "gradient_accumulation_steps": 2}
+        path = tmp_path / f"zero{stage}.json"
+        path.write_text(json.dumps(config))
+        run = tmp_path / f"run{stage}"
+        train(1, recipe, run, "--deepspeed", str(path))
+        losses = [line["loss"] for line in recorded(run) if line["kind"] == "train"]
+        assert losses[-1] < losses[0]
+
+
+def test_a_second_run_is_refused(recipe, uninterrupted):
+    """Two trainings in one directory would overwrite each other's checkpoints."""
+    with (uninterrupted / ".lock").open("a") as lock:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = start(command(1, recipe, uninterrupted, "--schedule.steps", "14"))
+        output = finish(process)
+    assert process.returncode == 2
+    assert "another process trains in it" in output
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    reader = checkpoint.Reader(checkpoint.find(run / "checkpoints")[-1])
+    return {name: reader.parameter(name).numpy().tobytes() for name in reader.index.parameters}
