@@ -11,6 +11,7 @@ from transformers import ViTConfig, ViTModel
 
 from ufo_ds import recipe as recipes
 from ufo_ds.data.mixing import Batch, TaskBatch
+from ufo_ds.errors import UserError
 from ufo_ds.model.dense import vit_config, vit_state
 from ufo_ds.model.experts import RoutedUnit
 from ufo_ds.model.layers import FFN, Attention, Embedding, Norm
@@ -231,13 +232,17 @@ def test_images_of_another_size_get_a_resized_position_embedding(routes):
         assert relative(model.backbone({"a": images}).cls_BD, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["shared", "train", "values", "type"])
-def test_a_task_may_have_any_name_that_a_recipe_allows(name):
-    recipe = make_recipe(tasks=[{**TASKS[2], "name": name}])
+def test_a_task_may_be_named_like_a_part_of_the_model():
+    recipe = make_recipe(tasks=[{**TASKS[2], "name": "shared"}])
     with torch.device("meta"):
-        model = Supernet(recipe, {name: 3})
-    assert f"blocks.0.ffn.own.{name}.fc1.weight" in dict(model.named_parameters())
-    assert f"heads.{name}.classifier.weight" in dict(model.named_parameters())
+        model = Supernet(recipe, {"shared": 3})
+    assert "blocks.0.ffn.own.shared.fc1.weight" in dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["train", "values", "type"])
+def test_a_task_may_not_be_named_like_an_attribute_of_a_module(name):
+    with pytest.raises(UserError, match="taken by PyTorch"):
+        make_recipe(tasks=[{**TASKS[2], "name": name}])
 
 
 # --- packing ----------------------------------------------------------------------------------------------------------

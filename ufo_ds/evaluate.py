@@ -1,7 +1,7 @@
 """Run the benchmarks of a trained run.
 
-    ufo evaluate runs/demo
-    ufo evaluate runs/demo --task glyphs --pixels
+ufo evaluate runs/demo
+ufo evaluate runs/demo --task glyphs --pixels
 """
 
 import argparse
@@ -13,10 +13,13 @@ import numpy as np
 import torch
 
 from ufo_ds import checkpoint
+from ufo_ds.data.mixing import Batch
 from ufo_ds.data.source import TrainSource
 from ufo_ds.evaluation import benchmarks
 from ufo_ds.evaluation.pixels import nearest_neighbour_scores, pixel_features
+from ufo_ds.model.heads import Outputs
 from ufo_ds.model.loading import load_supernet, spec_of
+from ufo_ds.model.supernet import Supernet
 from ufo_ds.recipe import Recipe, only
 
 
@@ -54,8 +57,12 @@ def evaluate(reader: checkpoint.Reader, recipe: Recipe, device: str) -> dict[str
     for name, images in benchmarks.open_images(recipe).items():
         model = load_supernet(reader, [spec_of(reader, name)], device)
         size = recipe.evaluation.batch_size
+
+        def forward(batch: Batch, model: Supernet = model) -> dict[str, Outputs]:
+            return model(batch.to(device))
+
         predictions = benchmarks.predict(
-            lambda batch, model=model: model(batch.to(device)),
+            forward,
             {name: images},
             {name: range(len(images))},
             -(-len(images) // size),

@@ -1,6 +1,6 @@
 """Cut one task out of a run as a dense Hugging Face model.
 
-    ufo extract runs/demo --task glyphs --out glyphs-vit --verify
+ufo extract runs/demo --task glyphs --out glyphs-vit --verify
 """
 
 import argparse

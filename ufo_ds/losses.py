@@ -39,9 +39,7 @@ def batch_hard_triplet(
     if not len(features_MD):
         return anchors_BD.sum(1) + features_MD.sum()  # no samples anywhere; stays in the graph
     # The matrix-product form of cdist loses the small distances that the hardest pairs are about.
-    distance_BM = torch.cdist(
-        anchors_BD.float(), features_MD.float(), compute_mode="donot_use_mm_for_euclid_dist"
-    )
+    distance_BM = torch.cdist(anchors_BD.float(), features_MD.float(), compute_mode="donot_use_mm_for_euclid_dist")
     same_BM = anchor_labels_B[:, None] == labels_M[None, :]
     positive_B = distance_BM.masked_fill(~same_BM, -torch.inf).amax(1)
     negative_B = distance_BM.masked_fill(same_BM, torch.inf).amin(1)

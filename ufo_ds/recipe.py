@@ -4,6 +4,7 @@
 pairs from a command line, where a task is addressed by its name: ``tasks.glyphs.samples_per_step``.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -35,11 +36,10 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "vit_huge": {"dim": 1280, "depth": 32, "heads": 16, "patch_size": 14},
 }
 
-_strict = ConfigDict(extra="forbid")
-_config = dataclass(config=_strict, kw_only=True, frozen=True)
+STRICT = ConfigDict(extra="forbid")
 
 
-@_config
+@dataclass(config=STRICT, kw_only=True, frozen=True)
 class Backbone:
     """A plain pre-norm ViT; ``name`` fills the other values from :data:`BACKBONES`."""
 
@@ -69,7 +69,7 @@ class Backbone:
         return self
 
 
-@_config
+@dataclass(config=STRICT, kw_only=True, frozen=True)
 class Router:
     """How learned routes are found: straight-through Gumbel-softmax over (shared, own), Jang et al., 2017."""
 
@@ -77,7 +77,7 @@ class Router:
     freeze_at: Positive | None = None  # the step from which each learned route is its more probable branch
 
 
-@_config
+@dataclass(config=STRICT, kw_only=True, frozen=True)
 class Model:
     backbone: Backbone
     experts: list[Unit] = dataclasses.field(default_factory=list)  # units of which each task has a copy of its own
@@ -97,33 +97,33 @@ class Model:
         return value
 
 
-@_config
+@dataclass(config=STRICT, kw_only=True, frozen=True)
 class Head:
     """``linear``: logits. ``margin``: a BN neck and a cosine classifier (its loss adds the margin)."""
 
     type: Literal["linear", "margin"]
 
 
-@_config
+@dataclass(config=STRICT, kw_only=True, frozen=True)
 class CrossEntropy:
     label_smoothing: Share = 0.0
     weight: float = 1.0
 
 
-@_config
+@dataclass(config=STRICT, kw_only=True, frozen=True)
 class CosFace:
     scale: Annotated[float, Field(gt=0)] = 30.0
     margin: Annotated[float, Field(ge=0)] = 0.2
     weight: float = 1.0
 
 
-@_config
+@dataclass(config=STRICT, kw_only=True, frozen=True)
 class Triplet:
     margin: float | Literal["soft"] = "soft"
     weight: float = 1.0
 
 
-@_config
+@dataclass(config=STRICT, kw_only=True, frozen=True)
 class Loss:
     """A weighted sum of those that are given."""
 
@@ -132,19 +132,19 @@ class Loss:
     triplet: Triplet | None = None
 
 
-@_config
+@dataclass(config=STRICT, kw_only=True, frozen=True)
 class TrainSet:
     shards: str  # a directory made by `ufo shards`
 
 
-@_config
+@dataclass(config=STRICT, kw_only=True, frozen=True)
 class Augment:
     pad: Annotated[int, Field(ge=0)] = 0  # pixels on every side, then a random crop back to the input size
     flip: bool = False
     erasing: Share = 0.0  # probability of Random Erasing (Zhong et al., 2020)
 
 
-@_config
+@dataclass(config=STRICT, kw_only=True, frozen=True)
 class Benchmark:
     """Classification and verification read ``shards``; retrieval reads ``query`` and ``gallery``."""
 
@@ -163,7 +163,7 @@ class Benchmark:
         return self
 
 
-@_config
+@dataclass(config=STRICT, kw_only=True, frozen=True)
 class Task:
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     head: Head
@@ -204,7 +204,7 @@ class Task:
         return self
 
 
-@_config
+@dataclass(config=STRICT, kw_only=True, frozen=True)
 class Data:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of pixel values in 0..1, per channel
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -212,7 +212,7 @@ class Data:
     max_corrupt: Share = 0.001  # share of a task's images that may be unreadable before training stops
 
 
-@_config
+@dataclass(config=STRICT, kw_only=True, frozen=True)
 class Optimizer:
     type: Literal["adamw", "sgd"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
@@ -223,7 +223,7 @@ class Optimizer:
     bias_lr_scale: Annotated[float, Field(gt=0)] = 1.0
 
 
-@_config
+@dataclass(config=STRICT, kw_only=True, frozen=True)
 class Schedule:
     """Linear warm-up to ``optimizer.lr``, then half a cosine down to ``min_lr``."""
 
@@ -232,26 +232,26 @@ class Schedule:
     min_lr: Annotated[float, Field(ge=0)] = 0.0
 
 
-@_config
+@dataclass(config=STRICT, kw_only=True, frozen=True)
 class Evaluation:
     every: Positive | None = None  # steps; the end of training is always evaluated
     batch_size: Positive = 64  # images of one task, per rank
     best: str | None = None  # the metric by which the best checkpoint is kept, e.g. "digits/digits/top1"
 
 
-@_config
+@dataclass(config=STRICT, kw_only=True, frozen=True)
 class Checkpoint:
     every: Positive = 1000  # steps
     keep: Positive = 2  # newest ones kept, beside the best
 
 
-@_config
+@dataclass(config=STRICT, kw_only=True, frozen=True)
 class Logging:
     every: Positive = 10  # steps
     tensorboard: bool = True
 
 
-@_config
+@dataclass(config=STRICT, kw_only=True, frozen=True)
 class Recipe:
     name: str
     model: Model
@@ -350,10 +350,8 @@ def _override(values: dict[str, Any], key: str, text: str) -> None:
     except yaml.YAMLError:
         raise UserError(f"--{key} {text!r} is not a value: quote it as YAML") from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     node: Any = values
     *parents, last = key.split(".")
     for part in parents:

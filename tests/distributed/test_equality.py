@@ -60,7 +60,11 @@ def test_two_ranks(tmp_path):
 
 def test_four_ranks(tmp_path):
     # Two data-parallel copies of each expert, and a task with a single sample: absent on a rank that holds it.
-    check(4, [case(2, 3, last=1), case(4, 3, "layer", "frozen", tasks=3), case(2, 2, "input", "frozen", tasks=3)], tmp_path)
+    check(
+        4,
+        [case(2, 3, last=1), case(4, 3, "layer", "frozen", tasks=3), case(2, 2, "input", "frozen", tasks=3)],
+        tmp_path,
+    )
 
 
 @pytest.mark.matrix

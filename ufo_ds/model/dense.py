@@ -112,8 +112,8 @@ def pretrained_values(recipe: Recipe) -> Pretrained:
         if ours != theirs:
             raise UserError(f"model.init {source!r} has {name} {theirs}, model.backbone {ours}: make them equal")
     state = {name: value.float() for name, value in model.state_dict().items()}
-    size = config.image_size if isinstance(config.image_size, list | tuple) else [config.image_size] * 2
-    grid = size[0] // config.patch_size, size[1] // config.patch_size
+    size = [config.image_size] * 2 if isinstance(config.image_size, int) else config.image_size
+    grid = size[0] // backbone.patch_size, size[1] // backbone.patch_size
     inputs = {"embed.shared": recipe.model.input or recipe.tasks[0].input}
     inputs |= {f"embed.own.{task.name}": task.input for task in recipe.tasks}
     grids = {unit: (h // backbone.patch_size, w // backbone.patch_size) for unit, (h, w) in inputs.items()}
@@ -144,4 +144,3 @@ def pretrained_values(recipe: Recipe) -> Pretrained:
         return state[f"{layer}{norm}.{kind}"]
 
     return value
-

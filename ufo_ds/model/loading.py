@@ -1,6 +1,7 @@
 """A single-device supernet, with some or all of its tasks, out of a checkpoint of any topology."""
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -46,10 +47,7 @@ def spec_of(reader: Reader, task: str) -> SubnetSpec:
     routes = {unit: list(layers) for unit, layers in reader.index.routes[task].items()}
     # The router's rows are the routes that the recipe left to learning, in its order, frozen or not.
     asked: list[Choice] = [
-        (unit, i)
-        for unit in UNITS
-        for i, route in enumerate(routes_of(recipe, task)[unit])
-        if route == "learned"
+        (unit, i) for unit in UNITS for i, route in enumerate(routes_of(recipe, task)[unit]) if route == "learned"
     ]
     if any("learned" in layers for layers in routes.values()):
         logits_R2 = reader.parameter(f"router.logits.{task}")
@@ -75,6 +73,6 @@ def check_path(reader: Reader, spec: SubnetSpec) -> None:
 
 def _with_routes(recipe: Recipe, spec: SubnetSpec) -> Recipe:
     """Learned routes are decided by now: no router is needed."""
-    routes = {unit: list(layers) for unit, layers in spec.routes.items()}
+    routes: dict[Any, Any] = {unit: list(layers) for unit, layers in spec.routes.items()}
     tasks = [dataclasses.replace(t, routes=routes) if t.name == spec.task else t for t in recipe.tasks]
     return dataclasses.replace(recipe, tasks=tasks)

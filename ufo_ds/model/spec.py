@@ -1,7 +1,6 @@
 """SubnetSpec: the one description of a dense path through the supernet."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,11 +57,12 @@ class SubnetSpec:
 def routes_of(recipe: Recipe, task: str) -> dict[str, tuple[str, ...]]:
     """The routes that a recipe gives a task, per unit and layer: shared, own or learned."""
     model = recipe.model
-    overrides: Mapping[str, Any] = next(t.routes for t in recipe.tasks if t.name == task)
+    found: dict[Any, Any] = dict(model.routes)
+    found.update(next(t for t in recipe.tasks if t.name == task).routes)
     routes = {}
     for unit in UNITS:
         default = "own" if unit in model.experts else "shared"
-        route = overrides.get(unit, model.routes.get(unit, default))  # type: ignore[call-overload]
+        route = found.get(unit, default)
         layers = number_of_routes(unit, model.backbone.depth)
         routes[unit] = tuple(route) if isinstance(route, list) else (route,) * layers
     return routes

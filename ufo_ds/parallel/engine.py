@@ -20,7 +20,7 @@ from ufo_ds.model.supernet import Supernet, init_weights
 from ufo_ds.parallel.batches import exchange_samples
 from ufo_ds.parallel.config import DistributedConfig
 from ufo_ds.parallel.experts import EMPTY, mark_experts, parallelize
-from ufo_ds.parallel.placement import Placement, place
+from ufo_ds.parallel.placement import place
 from ufo_ds.recipe import Recipe
 
 _OWNED = re.compile(rf"(?:\.own|^heads)\.(?P<slot>{EMPTY}\d+|[a-z][a-z0-9_]*)\.")
@@ -154,7 +154,8 @@ class Engine:
             zero = self.config.deepspeed["zero_optimization"]
             mine.append(len(optimizer.fp16_groups))
             if zero["stage3_prefetch_bucket_size"]:
-                mine.append([int(p.ds_numel) for p in self.model.parameters()])
+                parameters: list[Any] = list(self.model.parameters())
+                mine.append([int(p.ds_numel) for p in parameters])
         everyone: list[Any] = [None] * self.world_size
         dist.all_gather_object(everyone, mine)
         if any(other != everyone[0] for other in everyone):
@@ -269,7 +270,9 @@ class Engine:
 def _decays(name: str) -> bool:
     """Whether weight decay applies: to matrices, not to norms, necks, embeddings' tokens or the router."""
     parts = name.split(".")
-    return parts[-1] == "weight" and not any(part.startswith(("norm", "neck")) for part in parts) and parts[0] != "router"
+    return (
+        parts[-1] == "weight" and not any(part.startswith(("norm", "neck")) for part in parts) and parts[0] != "router"
+    )
 
 
 def _device() -> torch.device:

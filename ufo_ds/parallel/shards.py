@@ -5,6 +5,7 @@ Private names of DeepSpeed 0.19.8 (``runtime/zero/stage3.py``, ``stage_1_and_2.p
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import deepspeed.comm as dist
 import torch
@@ -17,8 +18,8 @@ from ufo_ds.parallel.engine import Engine
 class Slice:
     """Elements ``start .. start + length`` of the flattened parameter ``name``; ``length`` may be 0.
 
-    They lie at ``offset`` in ``flat``, the fp32 partition that the optimizer steps, and in every tensor of its
-    ``state`` that has the same size. ``first`` tells the one rank among those that hold the same elements.
+    They lie at ``offset`` in ``flat``, the fp32 partition that the optimizer steps, and in every tensor of its state
+    that has the same size.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Slice:
 def parameter_slices(engine: Engine) -> Iterator[Slice]:
     """This rank's slice of every parameter, empty slots included."""
     optimizer = engine.deepspeed.optimizer
+    parameter: Any  # with DeepSpeed's attributes
     if engine.config.stage == 3:
         for name, parameter in engine.model.named_parameters():
             group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]

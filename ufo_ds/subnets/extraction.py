@@ -113,7 +113,7 @@ def verify(reader: Reader, spec: SubnetSpec, directory: Path, images: list[bytes
     absolute = torch.stack([(a - b).abs().max() for a, b in zip(found, wanted, strict=False)])
     largest = torch.stack([b.abs().max() for _, b in zip(found, wanted, strict=False)])
     difference = torch.nan_to_num((absolute / largest).max(), nan=torch.inf).item()
-    certificate = {
+    certificate: dict[str, float | int | str] = {
         "task": task.name,
         "step": reader.index.step,
         "images": len(images),
@@ -126,8 +126,8 @@ def verify(reader: Reader, spec: SubnetSpec, directory: Path, images: list[bytes
     write_text(directory / CERTIFICATE, json.dumps(certificate, indent=2) + "\n")
     if not certificate["passed"]:
         raise UserError(
-            f"{directory} differs from the supernet by {difference:.1e} of the largest output, more than {TOLERANCE:g}: "
-            "its weights or its preprocessing are not those of the run"
+            f"{directory} differs from the supernet by {difference:.1e} of the largest output, more than "
+            f"{TOLERANCE:g}: its weights or its preprocessing are not those of the run"
         )
     return certificate
 
