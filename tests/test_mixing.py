@@ -238,20 +238,6 @@ def test_to_and_pin_keep_the_content(sources: dict[str, TrainSource]) -> None:
         assert all(part.images.is_pinned() for part in pinned.tasks.values())
 
 
-def test_wrong_tasks(sources: dict[str, TrainSource], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"task glyphs: samples_per_step 8 is not a multiple of .* 3"):
-        HeterogeneousBatches(sources, {"glyphs": range(2)}, 3)
-    with pytest.raises(UserError, match=r"task person: identities_per_step 4 is not a multiple of .* 6"):
-        HeterogeneousBatches(sources, {"person": range(2)}, 6)
-    with pytest.raises(UserError, match=r"task glyphs has no train set"):
-        TrainSource.open(linear_task("glyphs"), seed=0)
-    with pytest.raises(UserError, match=r"nowhere.*ufo shards"):
-        TrainSource.open(linear_task("glyphs", str(tmp_path / "nowhere")), seed=0)
-    shards = make_shards(tmp_path, {"a": 2, "b": 2})
-    with pytest.raises(UserError, match="task person: too few ids: 2 in its shards, but identities_per_step is 4"):
-        TrainSource.open(margin_task("person", shards), seed=0)
-
-
 def test_pixels_are_those_of_the_file(tmp_path: Path) -> None:
     """From file to batch with no transform but the resize to the size it has: the very pixels."""
     shards = make_shards(tmp_path, {"a": 3})
@@ -262,3 +248,13 @@ def test_pixels_are_those_of_the_file(tmp_path: Path) -> None:
         file = tmp_path / "images" / f"a_{source.index(n)}.png"
         pixels = np.asarray(Image.open(file))
         np.testing.assert_array_equal(part.images[n].permute(1, 2, 0).numpy(), pixels)
+
+
+def test_wrong_tasks(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"task glyphs has no train set"):
+        TrainSource.open(linear_task("glyphs"), seed=0)
+    with pytest.raises(UserError, match=r"nowhere.*ufo shards"):
+        TrainSource.open(linear_task("glyphs", str(tmp_path / "nowhere")), seed=0)
+    shards = make_shards(tmp_path, {"a": 2, "b": 2})
+    with pytest.raises(UserError, match="task person: too few ids: 2 in its shards, but identities_per_step is 4"):
+        TrainSource.open(margin_task("person", shards), seed=0)

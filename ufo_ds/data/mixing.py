@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ufo_ds.data.source import TrainSource
-from ufo_ds.errors import UserError
 
 
 @dataclass
@@ -65,23 +64,11 @@ class HeterogeneousBatches(Dataset[Batch]):
     Args:
         sources: training data by task.
         samples: by task, the positions of its global micro-batch that this rank reads; a range may be empty.
-        accumulation: micro-batches per step.
-
-    Raises:
-        UserError: samples or identities per step that do not divide into the micro-batches.
+        accumulation: micro-batches per step; it divides every task's samples and identities per step.
     """
 
     def __init__(self, sources: dict[str, TrainSource], samples: dict[str, range], accumulation: int):
         self.sources, self.samples, self.accumulation = sources, samples, accumulation
-        for name in samples:
-            task = sources[name].task
-            for key in ("samples_per_step", "identities_per_step"):
-                value = getattr(task, key)
-                if value and value % accumulation:
-                    raise UserError(
-                        f"task {name}: {key} {value} is not a multiple of gradient_accumulation_steps {accumulation}: "
-                        f"change one of them"
-                    )
 
     def __getitem__(self, i: int) -> Batch:
         step, micro_step = divmod(i, self.accumulation)

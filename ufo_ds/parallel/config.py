@@ -76,6 +76,13 @@ def resolve(values: dict[str, Any], source: str, recipe: Recipe, world_size: int
 
     values = json.loads(json.dumps(values))  # a copy of its own
     accumulation = _positive(take(values, "gradient_accumulation_steps", 1), "gradient_accumulation_steps", source)
+    for task in recipe.tasks:
+        for key in ("samples_per_step", "identities_per_step"):
+            if (getattr(task, key) or 0) % accumulation:
+                raise UserError(
+                    f"{source}: gradient_accumulation_steps {accumulation} does not divide {key} "
+                    f"{getattr(task, key)} of task {task.name}: change one of them"
+                )
     samples = sum(task.samples_per_step for task in recipe.tasks)
     agree("train_batch_size", take(values, "train_batch_size", samples), samples, "the recipe's samples per step")
     per_rank = samples / (accumulation * world_size)
