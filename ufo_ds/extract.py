@@ -35,7 +35,12 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--spec {options.spec} is for task {spec.task!r}, --task is {options.task!r}")
     images = _images(reader.recipe, options.task, options.images) if options.verify else []
 
-    from ufo_ds.subnets import extraction  # transformers takes seconds to import
+    from transformers.utils import logging  # takes seconds to import
+
+    from ufo_ds.subnets import extraction
+
+    logging.set_verbosity_error()  # its loading report lists the half of the file that the other class reads
+    logging.disable_progress_bar()
 
     parameters = extraction.extract(reader, spec, options.out)
     result = {"task": spec.task, "out": str(options.out), "step": reader.index.step, "parameters": parameters}

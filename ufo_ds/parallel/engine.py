@@ -1,8 +1,12 @@
 """The supernet on several ranks: built, spread by DeepSpeed (expert parallelism + ZeRO), and stepped."""
 
+import fcntl
 import logging
 import os
 import re
+import socket
+import struct
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,6 +18,7 @@ from deepspeed.utils import groups, safe_get_full_fp32_param, set_z3_leaf_module
 from torch import Tensor
 
 from ufo_ds.data.mixing import Batch
+from ufo_ds.errors import UserError
 from ufo_ds.evaluation.benchmarks import Predictions, TaskImages, join, predict
 from ufo_ds.model.heads import LOSSES, TaskHead
 from ufo_ds.model.supernet import Supernet, init_weights
@@ -28,7 +33,8 @@ _OWNED = re.compile(rf"(?:\.own|^heads)\.(?P<slot>{EMPTY}\d+|[a-z][a-z0-9_]*)\."
 
 def init_distributed() -> tuple[int, int]:
     """Join the job (deepspeed, torchrun, accelerate or srun started it; one process needs nothing). (rank, world)."""
-    deepspeed.utils.logger.setLevel(logging.WARNING)
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls
     if "SLURM_PROCID" in os.environ and "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         os.environ |= {
             "RANK": os.environ["SLURM_PROCID"],
@@ -42,6 +48,7 @@ def init_distributed() -> tuple[int, int]:
     # On CPUs DeepSpeed would compile collectives over shared memory: a minute at the first start, and a rank that
     # waits there for one that was killed waits for ever. gloo notices.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _bring_up_loopback()
     if not dist.is_initialized():
         deepspeed.init_distributed(verbose=False)
     return dist.get_rank(), dist.get_world_size()
@@ -57,6 +64,19 @@ def is_lost_rank(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank is gone (gloo's and NCCL's words for it)."""
     words = ("Connection closed by peer", "Connection reset", "Broken pipe", "Connection refused", "remote process")
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
+def _bring_up_loopback() -> None:
+    """gloo needs an address even for one process, and in a network namespace of its own there is none yet."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("127.0.0.1", 9))  # looks for a route; a datagram socket sends nothing
+        except OSError:
+            interface_up = struct.pack("16sH14s", b"lo", 0x1, b"")  # struct ifreq, IFF_UP (netdevice(7))
+            try:
+                fcntl.ioctl(probe, 0x8914, interface_up)  # SIOCSIFFLAGS
+            except OSError as error:
+                raise UserError(f"no address 127.0.0.1 ({error.strerror}): bring up the interface lo") from None
 
 
 class Engine:
