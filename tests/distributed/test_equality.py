@@ -41,7 +41,8 @@ def check(ranks: int, cases: list[dict], tmp_path: Path) -> None:
         assert result["loss"] <= BOUND, line
         assert result["gradient"] <= BOUND, line
         assert result["norm"] <= BOUND, line
-        assert result["weight"] <= (BOUND if result["case"]["optimizer"] == "sgd" else 10 * BOUND), line
+        # Adam divides by the gradient's size: where that is rounding noise, so is the step.
+        assert result["weight"] <= (BOUND if result["case"]["optimizer"] == "sgd" else 100 * BOUND), line
 
 
 def test_two_ranks(tmp_path):

@@ -49,6 +49,7 @@ def init_distributed() -> tuple[int, int]:
     # waits there for one that was killed waits for ever. gloo notices.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _bring_up_loopback()
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         deepspeed.init_distributed(verbose=False)
     return dist.get_rank(), dist.get_world_size()

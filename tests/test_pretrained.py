@@ -1,0 +1,79 @@
+"""A supernet that starts from a Hugging Face ViT is that ViT on every path."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import ViTConfig, ViTModel
+
+from tests.small_run import (
+    make_recipe,
+    relative,
+)
+from ufo_ds.errors import UserError
+from ufo_ds.model.dense import pretrained_values
+from ufo_ds.model.supernet import Supernet, init_weights
+
+
+def save_vit(directory, **changes):
+    torch.manual_seed(0)
+    values = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+              "image_size": 16, "patch_size": 8, "layer_norm_eps": 1e-6, "initializer_range": 0.3}  # fmt: skip
+    vit = ViTModel(ViTConfig(**{**values, **changes}), add_pooling_layer=False)
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    vit.save_pretrained(directory)
+    return vit.eval()
+
+
+@pytest.mark.parametrize("route", ["shared", "own"])
+def test_a_model_starts_as_the_pretrained_vit(tmp_path, route):
+    vit = save_vit(tmp_path)
+    recipe = make_recipe(init=str(tmp_path))
+    tasks = [dataclasses.replace(task, routes={"embed": route, "ffn": route}) for task in recipe.tasks]
+    recipe = dataclasses.replace(recipe, tasks=tasks)
+    with torch.device("meta"):
+        model = Supernet(recipe, {"digits": 3})
+    init_weights(model, pretrained=pretrained_values(recipe))
+    generator = torch.Generator().manual_seed(0)
+    for task in recipe.tasks:
+        images = torch.randint(0, 256, (3, 3, *task.input), generator=generator).to(torch.uint8)
+        mean, std = torch.tensor(recipe.data.mean), torch.tensor(recipe.data.std)
+        pixels = (images / 255 - mean[:, None, None]) / std[:, None, None]
+        with torch.no_grad():
+            wanted = vit(pixels, interpolate_pos_encoding=True).last_hidden_state[:, 0]
+            assert relative(model.eval().backbone({task.name: images}).cls_BD, wanted) < 1e-5
+    heads = {name for name, _ in model.named_parameters() if name.startswith("heads.")}
+    assert heads == {"heads.digits.classifier.weight", "heads.digits.classifier.bias"}
+    assert model.heads["digits"].classifier.weight.std().item() == pytest.approx(0.01, rel=0.5)  # drawn
+
+
+def test_a_task_named_shared_has_a_grid_of_its_own(tmp_path):
+    vit = save_vit(tmp_path)
+    recipe = make_recipe(init=str(tmp_path))
+    recipe = dataclasses.replace(recipe, tasks=[recipe.tasks[0], dataclasses.replace(recipe.tasks[1], name="shared")])
+    value = pretrained_values(recipe)
+    assert torch.equal(value("embed.shared.position", torch.Size([5, 16])), vit.embeddings.position_embeddings[0])
+    assert value("embed.own.shared.position", torch.Size([7, 16])).shape == (7, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 32}, "has dim 32, model.backbone 16"),
+        ({"num_hidden_layers": 3}, "has depth 3, model.backbone 2"),
+        ({"num_attention_heads": 4}, "has heads 4, model.backbone 2"),
+        ({"intermediate_size": 48}, "has dim x mlp_ratio 48, model.backbone 64"),
+        ({"patch_size": 4}, "has patch_size 4, model.backbone 8"),
+    ],
+)
+def test_a_vit_of_another_size_is_refused(tmp_path, changes, message):
+    save_vit(tmp_path, **changes)
+    with pytest.raises(UserError, match=f"^model.init [^\n]* {message}[^\n]*$"):
+        pretrained_values(make_recipe(init=str(tmp_path)))
+
+
+def test_what_is_no_vit_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"^model.init [^\n]* is no ViT checkpoint: [^\n]*$"):
+        pretrained_values(make_recipe(init=str(tmp_path)))
