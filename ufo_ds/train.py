@@ -9,7 +9,6 @@ checkpoint of the run directory. Any value of the recipe can be set as --section
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -18,6 +17,8 @@ if __name__ == "__main__":  # started by its path: the repository, not this fold
 
 from ufo_ds import recipe as recipes
 from ufo_ds.errors import UserError, run
+from ufo_ds.parallel import config as configs
+from ufo_ds.parallel.launch import adopt_environment
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
@@ -55,18 +56,13 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[tu
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, check everything that can be checked, build, train."""
+    world_size = adopt_environment()
     options, overrides = parse_arguments(argv)
     recipe = recipes.load(options.recipe, overrides)
     run_dir = options.run_dir or Path("runs") / recipe.name
+    config = configs.resolve(configs.load(options.deepspeed), options.deepspeed, recipe, world_size)
 
-    # What costs seconds to import waits until the command line is known to be right.
-    from ufo_ds.parallel import config as configs
-
-    values = configs.load(options.deepspeed)
-    world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
-    config = configs.resolve(values, options.deepspeed, recipe, world_size)
-
-    from ufo_ds.training import session
+    from ufo_ds.training import session  # takes seconds to import: only once the command line is known to be right
 
     session.train(recipe, config, run_dir)
 

@@ -19,8 +19,9 @@ from ufo_ds import recipe as recipes
 from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.model.supernet import Supernet, init_weights
 from ufo_ds.parallel import config as configs
-from ufo_ds.parallel.engine import Engine, init_distributed
+from ufo_ds.parallel.engine import Engine
 from ufo_ds.parallel.experts import EMPTY
+from ufo_ds.parallel.launch import init_distributed
 from ufo_ds.seeding import torch_generator
 
 STEPS = 3
@@ -48,16 +49,20 @@ def make_recipe(case: dict) -> recipes.Recipe:
         routes = {"ffn": ["own", "shared"], "attn": ["shared", "own"], "embed": "own", "norm": "own"}
         tasks[1]["routes"] = {"ffn": ["shared", "own"], "norm": ["own", "shared", "shared"]}
         tasks[3]["routes"] = {"attn": "shared", "embed": "shared"}
+
+    def possible(routes: dict) -> dict:
+        return {unit: route for unit, route in routes.items() if unit in case["experts"]}
+
     return recipes.parse(
         {
             "name": "equality",
             "model": {
                 "backbone": {"dim": 16, "depth": 2, "heads": 2, "patch_size": 8},
-                "experts": ["embed", "norm", "attn", "ffn"],
-                "routes": routes,
+                "experts": case["experts"],
+                "routes": possible(routes),
                 "drop_path": 0.3,
             },
-            "tasks": tasks[: case["tasks"]],
+            "tasks": [{**task, "routes": possible(task.get("routes", {}))} for task in tasks[: case["tasks"]]],
             "optimizer": {
                 "type": case["optimizer"],
                 "lr": 1e-2 if case["optimizer"] == "sgd" else 1e-3,

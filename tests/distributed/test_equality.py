@@ -13,12 +13,16 @@ REPOSITORY = Path(__file__).parents[2]
 BOUND = 1e-5  # max |difference| / max |reference|, fp32
 
 
+EVERYTHING = ("embed", "norm", "attn", "ffn")
+
+
 def case(
-    ep, stage, exchange="aligned", routes="learned", tasks=4, optimizer="sgd", clipping=0.5, accumulation=2, last=2
-):
+    ep, stage, exchange="aligned", routes="learned", tasks=4, optimizer="sgd", clipping=0.5, accumulation=2, last=2,
+    experts=EVERYTHING,
+):  # fmt: skip
     return {
         "ep": ep, "stage": stage, "exchange": exchange, "routes": routes, "tasks": tasks, "optimizer": optimizer,
-        "clipping": clipping, "accumulation": accumulation, "last": last,
+        "clipping": clipping, "accumulation": accumulation, "last": last, "experts": list(experts),
     }  # fmt: skip
 
 
@@ -54,6 +58,8 @@ def test_two_ranks(tmp_path):
         case(2, 2, "aligned", "frozen", tasks=3, optimizer="adamw"),
         case(2, 1, "layer", tasks=3),
         case(1, 3, optimizer="adamw"),
+        case(2, 3, experts=["ffn"]),  # heads of two kinds then differ most in what parameters they have
+        case(2, 2, "layer", routes="frozen", experts=[]),
         case(1, 1, routes="frozen", last=1),
     ]
     check(2, cases, tmp_path)

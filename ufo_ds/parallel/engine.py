@@ -1,12 +1,6 @@
 """The supernet on several ranks: built, spread by DeepSpeed (expert parallelism + ZeRO), and stepped."""
 
-import fcntl
-import logging
-import os
 import re
-import socket
-import struct
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,10 +12,9 @@ from deepspeed.utils import groups, safe_get_full_fp32_param, set_z3_leaf_module
 from torch import Tensor
 
 from ufo_ds.data.mixing import Batch
-from ufo_ds.errors import UserError
 from ufo_ds.evaluation.benchmarks import Predictions, TaskImages, join, predict
 from ufo_ds.model.heads import LOSSES, TaskHead
-from ufo_ds.model.supernet import Supernet, init_weights
+from ufo_ds.model.supernet import Pretrained, Supernet, init_weights
 from ufo_ds.parallel.batches import exchange_samples
 from ufo_ds.parallel.config import DistributedConfig
 from ufo_ds.parallel.experts import EMPTY, mark_experts, parallelize
@@ -31,55 +24,6 @@ from ufo_ds.recipe import Recipe
 _OWNED = re.compile(rf"(?:\.own|^heads)\.(?P<slot>{EMPTY}\d+|[a-z][a-z0-9_]*)\.")
 
 
-def init_distributed() -> tuple[int, int]:
-    """Join the job (deepspeed, torchrun, accelerate or srun started it; one process needs nothing). (rank, world)."""
-    deepspeed.utils.logger.setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls
-    if "SLURM_PROCID" in os.environ and "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        os.environ |= {
-            "RANK": os.environ["SLURM_PROCID"],
-            "LOCAL_RANK": os.environ["SLURM_LOCALID"],
-            "WORLD_SIZE": os.environ["SLURM_NTASKS"],
-        }
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, value)
-    if os.environ["WORLD_SIZE"] == "1":
-        os.environ.setdefault("MASTER_PORT", "0")
-    # On CPUs DeepSpeed would compile collectives over shared memory: a minute at the first start, and a rank that
-    # waits there for one that was killed waits for ever. gloo notices.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    _bring_up_loopback()
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    if not dist.is_initialized():
-        deepspeed.init_distributed(verbose=False)
-    return dist.get_rank(), dist.get_world_size()
-
-
-def finish_distributed() -> None:
-    """Leave the job together: a rank that ends first would look like one that died."""
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone (gloo's and NCCL's words for it)."""
-    words = ("Connection closed by peer", "Connection reset", "Broken pipe", "Connection refused", "remote process")
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
-
-
-def _bring_up_loopback() -> None:
-    """gloo needs an address even for one process, and in a network namespace of its own there is none yet."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("127.0.0.1", 9))  # looks for a route; a datagram socket sends nothing
-        except OSError:
-            interface_up = struct.pack("16sH14s", b"lo", 0x1, b"")  # struct ifreq, IFF_UP (netdevice(7))
-            try:
-                fcntl.ioctl(probe, 0x8914, interface_up)  # SIOCSIFFLAGS
-            except OSError as error:
-                raise UserError(f"no address 127.0.0.1 ({error.strerror}): bring up the interface lo") from None
-
-
 class Engine:
     """This rank's part of a run.
 
@@ -87,10 +31,16 @@ class Engine:
         recipe: what is trained.
         config: how it is spread.
         num_classes: classes of every task's head.
-        pretrained: ``(name, shape) -> tensor or None``, initial values that replace the drawn ones.
+        pretrained: initial values that replace the drawn ones.
     """
 
-    def __init__(self, recipe: Recipe, config: DistributedConfig, num_classes: Mapping[str, int], pretrained=None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        config: DistributedConfig,
+        num_classes: Mapping[str, int],
+        pretrained: Pretrained | None = None,
+    ):
         self.recipe, self.config = recipe, config
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.placement = place([task.name for task in recipe.tasks], self.world_size, config.ep_size)
@@ -137,27 +87,32 @@ class Engine:
         return engine
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Per slot (and for all shared parameters) one group with weight decay and up to two without, in the same
-        number and order on all ranks. ``lr_scale`` is the task's, times that of biases."""
+        """Groups of equal learning rate and weight decay: for the shared parameters, and for each slot its units and
+        its head apart (heads of all kinds have a matrix and something else), so that their number and order are the
+        same on all ranks. ``lr_scale`` is the task's, times that of biases."""
         optimizer, scales = self.recipe.optimizer, {task.name: task.lr_scale for task in self.recipe.tasks}
         slots = [*self.placement.tasks_of[self.placement.ep_rank(self.rank)]]
         slots += [f"{EMPTY}{i}" for i in range(len(slots), self.placement.slots)]
-        found: dict[tuple[str | None, str], list[torch.nn.Parameter]] = {}
+        found: dict[tuple[str | None, str], list[tuple[str, torch.nn.Parameter]]] = {}
         for name, parameter in self.model.named_parameters():
             match = _OWNED.search(name)
-            kind = "bias" if name.endswith(".bias") else "matrix" if _decays(name) else "vector"
-            found.setdefault((match["slot"] if match else None, kind), []).append(parameter)
+            kind = "matrix" if _decays(name) else "bias" if name.endswith(".bias") else "vector"
+            if name.startswith("heads."):
+                kind = "head matrix" if kind == "matrix" else "head rest"
+            found.setdefault((match["slot"] if match else None, kind), []).append((name, parameter))
         result = []
         for slot in [None, *slots]:
-            for kind in ("matrix", "vector", "bias"):
+            for kind in ("matrix", "vector", "bias", "head matrix", "head rest"):
                 if (slot, kind) not in found:
                     continue
-                scale = (scales.get(slot, 1.0) if slot else 1.0) * (optimizer.bias_lr_scale if kind == "bias" else 1.0)
+                names, parameters = zip(*found[slot, kind], strict=True)
+                biases = all(name.endswith(".bias") for name in names)
+                scale = (scales.get(slot, 1.0) if slot else 1.0) * (optimizer.bias_lr_scale if biases else 1.0)
                 result.append({
-                    "params": found[slot, kind],
+                    "params": list(parameters),
                     "lr": optimizer.lr * scale,
                     "lr_scale": scale,
-                    "weight_decay": optimizer.weight_decay if kind == "matrix" else 0.0,
+                    "weight_decay": optimizer.weight_decay if kind.endswith("matrix") else 0.0,
                     "name": f"ep_size_{self.placement.ep_size}" if slot else f"shared_{kind}",
                     "moe": slot is not None,
                 })  # fmt: skip

@@ -11,7 +11,8 @@ from ufo_ds.errors import UserError
 from ufo_ds.evaluation import benchmarks
 from ufo_ds.parallel import checkpoint
 from ufo_ds.parallel.config import DistributedConfig
-from ufo_ds.parallel.engine import Engine, finish_distributed, init_distributed, is_lost_rank
+from ufo_ds.parallel.engine import Engine
+from ufo_ds.parallel.launch import finish_distributed, init_distributed, is_lost_rank
 from ufo_ds.recipe import Recipe
 from ufo_ds.training.loop import Trainer, check_best
 from ufo_ds.training.run_directory import RunDirectory, resume_from

@@ -1,0 +1,74 @@
+"""Joining a job, whoever started it, and leaving it."""
+
+import fcntl
+import logging
+import os
+import socket
+import struct
+import warnings
+
+import torch.distributed as dist
+
+from ufo_ds.errors import UserError
+
+
+def adopt_environment() -> int:
+    """Put what the launcher says (deepspeed, torchrun, accelerate, srun, or none) into torch's variables.
+
+    Returns:
+        The number of ranks.
+    """
+    if "SLURM_PROCID" in os.environ and "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        os.environ |= {
+            "RANK": os.environ["SLURM_PROCID"],
+            "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+            "WORLD_SIZE": os.environ["SLURM_NTASKS"],
+        }
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ.setdefault("MASTER_PORT", "0")
+    return int(os.environ["WORLD_SIZE"])
+
+
+def init_distributed() -> tuple[int, int]:
+    """Join the job; rank and number of ranks."""
+    import deepspeed  # takes seconds, and the environment alone is wanted earlier
+    from deepspeed.accelerator import get_accelerator
+
+    adopt_environment()
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls
+    # On CPUs DeepSpeed would compile collectives over shared memory: a minute at the first start, and a rank that
+    # waits there for one that was killed waits for ever. gloo notices.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _bring_up_loopback()
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        deepspeed.init_distributed(verbose=False)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def finish_distributed() -> None:
+    """Leave the job together: a rank that ends first would look like one that died."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone (gloo's and NCCL's words for it)."""
+    words = ("Connection closed by peer", "Connection reset", "Broken pipe", "Connection refused", "remote process")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
+def _bring_up_loopback() -> None:
+    """gloo needs an address even for one process, and in a network namespace of its own there is none yet."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("127.0.0.1", 9))  # looks for a route; a datagram socket sends nothing
+        except OSError:
+            interface_up = struct.pack("16sH14s", b"lo", 0x1, b"")  # struct ifreq, IFF_UP (netdevice(7))
+            try:
+                fcntl.ioctl(probe, 0x8914, interface_up)  # SIOCSIFFLAGS
+            except OSError as error:
+                raise UserError(f"no address 127.0.0.1 ({error.strerror}): bring up the interface lo") from None
