@@ -117,6 +117,16 @@ def test_label_out_of_range(recipe, tmp_path):
                    "--tasks.colours.num_classes", "2")  # fmt: skip
 
 
+def test_benchmarks_are_checked_before_training(recipe, tmp_path):
+    stripes = recipe.parent / "stripes"
+    entry = f"[{{name: other, protocol: %s, shards: {stripes}}}]"
+    best = ["--evaluation.best", "null"]
+    assert_refused(recipe, tmp_path, ["benchmark other", "'id0' out of range"], *best,
+                   "--tasks.colours.benchmarks", entry % "classification")  # fmt: skip
+    assert_refused(recipe, tmp_path, ["benchmark other", "has no pairs"], *best,
+                   "--tasks.stripes.benchmarks", entry % "verification")  # fmt: skip
+
+
 def test_too_few_identities(recipe, tmp_path):
     assert_refused(recipe, tmp_path, ["stripes", "too few ids"],
                    "--tasks.stripes.samples_per_step", "16", "--tasks.stripes.identities_per_step", "8")  # fmt: skip

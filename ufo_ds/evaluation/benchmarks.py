@@ -52,6 +52,29 @@ def open_images(recipe: Recipe) -> dict[str, TaskImages]:
     return images
 
 
+def check(recipe: Recipe, images: Mapping[str, TaskImages], classes: Mapping[str, list[str]]) -> None:
+    """Whether all benchmarks can be scored, before hours are spent on what they would score.
+
+    Raises:
+        UserError: a class that the head lacks, pairs that the shards lack, or an ``evaluation.best`` that none yields.
+    """
+    names = []
+    for task in recipe.tasks:
+        for benchmark in task.benchmarks:
+            names.append(f"{task.name}/{benchmark.name}/")
+            if benchmark.shards is not None:
+                data = images[task.name].sets[benchmark.shards]
+                if benchmark.protocol == "classification":
+                    class_labels(data, classes[task.name], benchmark.name)
+                elif data.pairs is None:
+                    raise UserError(
+                        f"benchmark {benchmark.name}: {benchmark.shards} has no pairs: make it from a pair list"
+                    )
+    best = recipe.evaluation.best
+    if best is not None and not best.startswith(tuple(names)):
+        raise UserError(f"evaluation.best {best!r}: use a metric of one of {', '.join(names)}")
+
+
 class _Rounds(Dataset[Batch]):
     """Round i holds the i-th ``batch_size`` images of every task's range."""
 
@@ -157,8 +180,7 @@ def _score(
     assert benchmark.shards is not None
     data = images.sets[benchmark.shards]
     if benchmark.protocol == "verification":
-        if data.pairs is None:
-            raise UserError(f"benchmark {benchmark.name}: {benchmark.shards} has no pairs: make it from a pair list")
+        assert data.pairs is not None  # see check
         return verification.evaluate(rows(embeddings, benchmark.shards), data.pairs)
     return classification.top1(rows(logits, benchmark.shards), class_labels(data, classes, benchmark.name))
 

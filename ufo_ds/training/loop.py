@@ -13,11 +13,11 @@ from tqdm import tqdm
 from ufo_ds import checkpoint
 from ufo_ds.data.mixing import Batch, HeterogeneousBatches, loader
 from ufo_ds.data.source import TrainSource
-from ufo_ds.errors import RankError, UserError
+from ufo_ds.errors import RankError
 from ufo_ds.evaluation import benchmarks
 from ufo_ds.parallel import checkpoint as parallel_checkpoint
 from ufo_ds.parallel.engine import Engine
-from ufo_ds.recipe import Recipe, dump
+from ufo_ds.recipe import dump
 from ufo_ds.training.run_directory import RunDirectory
 from ufo_ds.training.schedule import learning_rate
 
@@ -30,6 +30,7 @@ class Trainer:
         images: evaluation images of the tasks with benchmarks.
         directory: on rank 0, where to record; elsewhere None.
         checkpoints: where checkpoints go, on all ranks.
+        metrics: of the last evaluation before a resume.
     """
 
     def __init__(
@@ -39,13 +40,14 @@ class Trainer:
         images: dict[str, benchmarks.TaskImages],
         directory: RunDirectory | None,
         checkpoints: Path,
+        metrics: dict[str, float],
     ):
         self.engine, self.recipe = engine, engine.recipe
         self.sources, self.images = sources, images
         self.directory, self.checkpoints = directory, checkpoints
         self.classes = {name: class_names(source) for name, source in sources.items()}
         self.unreadable: dict[str, set[int]] = {name: set() for name in sources}
-        self.metrics: dict[str, float] = {}
+        self.metrics = metrics
 
     def train(self, start: int) -> dict[str, float]:
         """Train from step ``start`` to the schedule's end; the metrics of the last evaluation.
@@ -169,17 +171,6 @@ class Trainer:
 def class_names(source: TrainSource) -> list[str]:
     """Names of the head's classes; those beyond the data's are numbered."""
     return [*source.classes, *(f"unused {i}" for i in range(len(source.classes), source.num_classes))]
-
-
-def check_best(recipe: Recipe) -> None:
-    """
-    Raises:
-        UserError: ``evaluation.best`` names a metric that no benchmark yields.
-    """
-    best = recipe.evaluation.best
-    names = [f"{task.name}/{benchmark.name}/" for task in recipe.tasks for benchmark in task.benchmarks]
-    if best is not None and not best.startswith(tuple(names)):
-        raise UserError(f"evaluation.best {best!r}: use a metric of one of {', '.join(names)}")
 
 
 def _bar_off(rank: int) -> bool | None:

@@ -14,7 +14,7 @@ from ufo_ds.parallel.config import DistributedConfig
 from ufo_ds.parallel.engine import Engine
 from ufo_ds.parallel.launch import finish_distributed, init_distributed, is_lost_rank
 from ufo_ds.recipe import Recipe
-from ufo_ds.training.loop import Trainer, check_best
+from ufo_ds.training.loop import Trainer
 from ufo_ds.training.run_directory import RunDirectory, resume_from
 
 
@@ -30,7 +30,7 @@ def train(recipe: Recipe, config: DistributedConfig, run_dir: Path) -> dict[str,
         _make_demo_shards(recipe, rank)
         sources = {task.name: TrainSource.open(task, recipe.seed) for task in recipe.tasks}
         images = benchmarks.open_images(recipe)
-        check_best(recipe)
+        benchmarks.check(recipe, images, {name: source.classes for name, source in sources.items()})
         last = resume_from(run_dir, recipe)
         num_classes = {name: source.num_classes for name, source in sources.items()}
         start_values = None
@@ -40,10 +40,11 @@ def train(recipe: Recipe, config: DistributedConfig, run_dir: Path) -> dict[str,
             start_values = pretrained_values(recipe)
         engine = Engine(recipe, config, num_classes, pretrained=start_values)
         directory = _open(run_dir, recipe, config, engine)
-        start = checkpoint.load(engine, last).step if last is not None else 0
+        loaded = checkpoint.load(engine, last) if last is not None else None
+        start, metrics = (loaded.step, loaded.metrics) if loaded is not None else (0, {})
         if rank == 0:
             _announce(engine, run_dir, start)
-        trainer = Trainer(engine, sources, images, directory, run_dir / "checkpoints")
+        trainer = Trainer(engine, sources, images, directory, run_dir / "checkpoints", metrics)
         metrics = trainer.train(start)
         if directory is not None:
             directory.close()
