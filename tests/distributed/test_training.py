@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests import tiny
 from ufo_ds import checkpoint
@@ -164,9 +165,12 @@ def test_bf16_and_zero_stages(recipe, tmp_path):
         path = tmp_path / f"zero{stage}.json"
         path.write_text(json.dumps(config))
         run = tmp_path / f"run{stage}"
-        train(1, recipe, run, "--deepspeed", str(path))
+        train(1, recipe, run, "--deepspeed", str(path), "--logging.tensorboard", str(stage == 1))
         losses = [line["loss"] for line in recorded(run) if line["kind"] == "train"]
         assert losses[-1] < losses[0]
+    board = EventAccumulator(str(tmp_path / "run1" / "tensorboard")).Reload()
+    written = [line["loss"] for line in recorded(tmp_path / "run1") if line["kind"] == "train"]
+    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(written)
 
 
 def test_a_second_run_is_refused(recipe, uninterrupted):

@@ -37,36 +37,40 @@ class RoutedUnit(nn.Module):
         self.own = TaskExperts({task: make(task) for task in tasks}) if tasks else None
         self.routes = dict(routes)
 
-    def forward(self, x_ND: Tensor, segments: Sequence[Segment], weights_T2: Mapping[str, Tensor] | None = None):
+    def forward(
+        self, x_ND: Tensor, segments: Sequence[Segment], weights_T2: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """``weights_T2[task]`` is the router's ``[2]`` (shared, own) of each task with a learned route here."""
-        rows = split(x_ND, segments)
-
-        def through(unit: nn.Module, other: str) -> list[Tensor | None]:
-            """One call over the segments that are not routed to the ``other`` copy alone."""
-            chosen = [self.routes[segment.task] != other for segment in segments]
-            picked = [segment for segment, yes in zip(segments, chosen, strict=True) if yes]
-            if all(chosen):
-                y_ND = unit(x_ND, picked)
-            else:
-                y_ND = unit(concatenate([x for x, yes in zip(rows, chosen, strict=True) if yes], x_ND), picked)
-            pieces = iter(split(y_ND, picked)) if picked else iter(())
-            found = [next(pieces) if yes else None for yes in chosen]
-            if not picked:
-                spare.append(y_ND)
-            return found
-
-        spare: list[Tensor] = []  # outputs of no rows, kept in the graph
-        nothing: list[Tensor | None] = [None] * len(segments)
-        shared = through(self.shared, OWN) if set(self.routes.values()) != {OWN} else nothing
-        own = through(self.own, SHARED) if self.own is not None and set(self.routes.values()) != {SHARED} else nothing
+        kinds = set(self.routes.values())
+        if kinds == {SHARED}:
+            return self.shared(x_ND, segments)
+        assert self.own is not None
+        if kinds == {OWN}:
+            return self.own(x_ND, segments)
+        shared, idle_shared = self._through(self.shared, OWN, x_ND, segments)
+        own, idle_own = self._through(self.own, SHARED, x_ND, segments)
         merged: list[Tensor] = []
-        for segment, shared_y, own_y in zip(segments, shared, own, strict=True):
-            if shared_y is not None and own_y is not None:
+        for segment in segments:
+            task = segment.task
+            if task in shared and task in own:
                 assert weights_T2 is not None
-                weight_2 = weights_T2[segment.task].to(own_y.dtype)
-                merged.append(weight_2[0] * shared_y + weight_2[1] * own_y)
+                weight_2 = weights_T2[task].to(own[task].dtype)
+                merged.append(weight_2[0] * shared[task] + weight_2[1] * own[task])
             else:
-                y = own_y if shared_y is None else shared_y
-                assert y is not None
-                merged.append(y)
-        return concatenate(merged + spare, x_ND)
+                merged.append(own[task] if task in own else shared[task])
+        return concatenate(merged + idle_shared + idle_own, x_ND)
+
+    def _through(
+        self, unit: nn.Module, other: str, x_ND: Tensor, segments: Sequence[Segment]
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """One call over the segments that are not routed to the ``other`` copy alone: their rows by task. Where there
+        are none, the output of no rows comes apart; joined to the others it keeps the unit in the graph."""
+        picked = [segment for segment in segments if self.routes[segment.task] != other]
+        if len(picked) == len(segments):
+            y_ND = unit(x_ND, picked)
+        else:
+            rows = zip(split(x_ND, segments), segments, strict=True)
+            y_ND = unit(concatenate([x for x, segment in rows if segment in picked], x_ND), picked)
+        if not picked:
+            return {}, [y_ND]
+        return dict(zip([segment.task for segment in picked], split(y_ND, picked), strict=True)), []

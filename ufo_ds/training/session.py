@@ -24,8 +24,9 @@ def train(recipe: Recipe, config: DistributedConfig, run_dir: Path) -> dict[str,
     Raises:
         UserError: wrong input of any kind; nothing on disk has changed then, unless training had begun.
     """
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     rank, world_size = init_distributed()
+    if world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # ranks that share cores and each take all of them are many times slower
     try:
         _make_demo_shards(recipe, rank)
         sources = {task.name: TrainSource.open(task, recipe.seed) for task in recipe.tasks}
