@@ -177,6 +177,16 @@ def test_corrupt_images_up_to_a_share(tmp_path):
     assert "of 24 images cannot be read" in errors[0]
 
 
+def test_corrupt_image_of_a_benchmark(tmp_path):
+    """A benchmark with an image left out would be another one. The line comes from a loader's worker process."""
+    recipe = damaged_recipe(tmp_path, images=1)
+    more = ["--data.max_corrupt", "0.5", "--data.workers", "1", "--schedule.steps", "1"]
+    status, errors = outcome(recipe, tmp_path / "run", *more)
+    assert (status, len(errors)) == (2, 1)
+    assert "cannot be read" in errors[0]
+    assert "Traceback" not in errors[0]
+
+
 def test_shard_cut_short(tmp_path):
     recipe = tiny.make(tmp_path)
     (shard,) = (tmp_path / "stripes").glob("*.tar")

@@ -1,4 +1,4 @@
-"""The exceptions for wrong input, and how an entry script ends on them."""
+"""The exception for wrong input, and how an entry script ends on it."""
 
 import os
 import sys
@@ -7,14 +7,7 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Wrong input. The message is one line: the value, where it came from, what to do.
-
-    In a run of several ranks all of them raise it, and the first one says it.
-    """
-
-
-class RankError(UserError):
-    """Wrong input that this rank alone has seen (its own samples, say): it says so itself."""
+    """Wrong input. The message is one line: the value, where it came from, what to do."""
 
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
@@ -22,9 +15,10 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     try:
         main(argv)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(1)  # a launcher ends all ranks when one does: let the first one speak
+        # From a loader's worker process torch brings the traceback as text, with our line at its end.
+        line = " ".join(str(error).rsplit("UserError: ", 1)[-1].split())
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # mostly all ranks see the same fault, and the launcher ends the others once one has said it
+        print(f"error: {line}", file=sys.stderr, flush=True)
         return 2
     return 0

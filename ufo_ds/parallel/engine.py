@@ -132,8 +132,7 @@ class Engine:
             if zero["stage3_prefetch_bucket_size"]:
                 parameters: list[Any] = list(self.model.parameters())
                 mine.append([int(p.ds_numel) for p in parameters])
-        everyone: list[Any] = [None] * self.world_size
-        dist.all_gather_object(everyone, mine)
+        everyone = self.from_all(mine)
         if any(other != everyone[0] for other in everyone):
             raise RuntimeError(f"ranks differ in modules, parameters, groups, sub-groups or sizes: {everyone}")
 
@@ -225,6 +224,12 @@ class Engine:
         box = [value]
         dist.broadcast_object_list(box)
         return box[0]
+
+    def from_all(self, value: Any) -> list[Any]:
+        """Every rank's value of something, on all ranks."""
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, value)
+        return everyone
 
     @staticmethod
     def wait_for_all() -> None:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ufo_ds import checkpoint
 from ufo_ds.data.mixing import Batch, HeterogeneousBatches, loader
 from ufo_ds.data.source import TrainSource
-from ufo_ds.errors import RankError
+from ufo_ds.errors import UserError
 from ufo_ds.evaluation import benchmarks
 from ufo_ds.parallel import checkpoint as parallel_checkpoint
 from ufo_ds.parallel.engine import Engine
@@ -68,7 +68,7 @@ class Trainer:
             if step == recipe.model.router.freeze_at and self.engine.model.learns_routes:
                 self._report_routes(self.engine.freeze_routes())
             rate = learning_rate(step, recipe.optimizer, recipe.schedule)
-            parts = self.engine.step(self._checked(islice(batches, gas)), rate)
+            parts = self.engine.step(self._noted(islice(batches, gas)), rate)
             progress.update()
             done = step + 1
             if done % recipe.logging.every == 0 or done == steps:
@@ -84,21 +84,28 @@ class Trainer:
         progress.close()
         return self.metrics
 
-    def _checked(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _noted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in batches:
             for name, indices in batch.skipped.items():
                 self.unreadable[name].update(indices)
-                count, size = len(self.unreadable[name]), len(self.sources[name])
-                if indices and count > self.recipe.data.max_corrupt * size:
-                    raise RankError(
-                        f"task {name}: {count} of {size} images cannot be read, more than data.max_corrupt "
-                        f"{self.recipe.data.max_corrupt}: check them with `ufo shards verify` or raise it"
-                    )
             yield batch
+
+    def _count_unreadable(self) -> dict[str, int]:
+        """Per task, how many of its images were found to be unreadable so far, by any rank."""
+        everyone = self.engine.from_all(self.unreadable)
+        counts = {name: len(set().union(*(of_rank[name] for of_rank in everyone))) for name in self.unreadable}
+        for name, count in counts.items():
+            size = len(self.sources[name])
+            if count > self.recipe.data.max_corrupt * size:
+                raise UserError(
+                    f"task {name}: {count} of {size} images cannot be read, more than data.max_corrupt "
+                    f"{self.recipe.data.max_corrupt}: check them with `ufo shards verify` or raise it"
+                )
+        return counts
 
     def _record_step(self, done: int, parts: torch.Tensor, rate: float, seconds_per_step: float) -> None:
         losses = self.engine.mean_losses(parts)
-        norm = self.engine.gradient_norm
+        norm, unreadable = self.engine.gradient_norm, self._count_unreadable()
         weights = {task.name: task.weight for task in self.recipe.tasks}
         total = sum(weights[task] * sum(values.values()) for task, values in losses.items())
         if self.directory is None:
@@ -109,7 +116,7 @@ class Trainer:
             **{f"{task}/{name}": value for task, of_task in losses.items() for name, value in of_task.items()},
             "learning_rate": rate,
             **({} if norm is None else {"gradient_norm": norm}),
-            **{f"{name}/unreadable": float(len(found)) for name, found in self.unreadable.items() if found},
+            **{f"{name}/unreadable": float(count) for name, count in unreadable.items() if count},
             "images_per_second": samples / seconds_per_step,
         }
         self.directory.record(done, values, "train")
