@@ -125,7 +125,7 @@ def test_ufo2_has_17_billion_parameters():
 
 
 def test_ufo2_with_ffn_and_embedding_experts_has_11_billion_parameters():
-    overrides = [("model.experts", "[embed, ffn]"), ("model.routes", "{embed: own, ffn: own}")]
+    overrides = [("model.experts", "[embed, ffn]")]
     # 26 x (32 x 13,113,600 + 1,171,200) = 26 x 420,806,400 beside the shared path.
     assert count("ufo2_17b", overrides) == 630_851_840 + 26 * 420_806_400 == 11_571_818_240
 

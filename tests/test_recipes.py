@@ -85,7 +85,7 @@ def test_ufo2_has_17_billion_parameters():
     assert (len(loaded.tasks) + 1) * path / 1e9 == pytest.approx(17.03, abs=0.005)
     smaller = path + len(loaded.tasks) * (vit.depth * ffn + embedding)
     assert smaller / 1e9 == pytest.approx(11.57, abs=0.005)
-    overrides = [("model.experts", "[embed, ffn]"), ("model.routes", "{embed: own, ffn: own}")]
+    overrides = [("model.experts", "[embed, ffn]")]
     assert recipe.load("ufo2_17b", overrides).model.experts == ["embed", "ffn"]
 
 
