@@ -61,6 +61,7 @@ def message(capsys, recipe: Path | str, run_dir: Path, *more: str, config: Path 
         (["--model.backbone.heads", "3"], ["dim 16", "heads 3"]),
         (["--schedule.steps"], ["needs a value"]),
         (["--stepz", "3"], ["--stepz", "--section.key"]),
+        (["--seed", "-1"], ["seed", "-1"]),
     ],
 )
 def test_recipe(more, words, recipe, tmp_path, capsys):

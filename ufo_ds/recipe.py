@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -289,7 +290,7 @@ def number_of_routes(unit: str, depth: int) -> int:
     return {"embed": 1, "norm": depth + 1}.get(unit, depth)
 
 
-def load(name_or_file: str, overrides: list[tuple[str, str]] = ()) -> Recipe:  # type: ignore[assignment]
+def load(name_or_file: str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
     """Read and check a recipe.
 
     Raises:

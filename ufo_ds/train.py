@@ -4,11 +4,12 @@
     deepspeed --num_gpus 8 ufo_ds/train.py --deepspeed ds_configs/moe.json --recipe my.yaml --run_dir runs/my
 
 Also under torchrun, accelerate launch and srun, or alone for one process. The same command again goes on from the last
-checkpoint of the run directory. Any value of the recipe can be set as --section.key VALUE, a task's as
+checkpoint of the run directory. Any value of the recipe can be set: --seed 1, --section.key VALUE, and a task's as
 --tasks.NAME.key VALUE.
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -37,9 +38,10 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[tu
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by launchers")
     options, rest = parser.parse_known_args(argv)
     overrides = []
+    plain = [f"--{field.name}" for field in dataclasses.fields(recipes.Recipe)]  # --seed
     while rest:
         key, *rest = rest
-        if not key.startswith("--") or "." not in key:
+        if not key.startswith("--") or ("." not in key and key.split("=")[0] not in plain):
             raise UserError(f"unknown argument {key!r}: recipe values are set as --section.key VALUE; see --help")
         if "=" in key:
             key, value = key.split("=", 1)
