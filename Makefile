@@ -4,10 +4,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Several processes on one machine: a thread each, or they take the cores from each other.
 export OMP_NUM_THREADS ?= 1
-# Says what is there anyhow, and keeps DeepSpeed from looking for a GPU; a machine with one leaves it unset.
-ifeq ($(wildcard /dev/nvidia0),)
-export DS_ACCELERATOR ?= cpu
-endif
 
 .PHONY: demo test test-matrix install check clean
 

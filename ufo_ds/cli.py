@@ -4,6 +4,7 @@ import importlib
 import sys
 
 from ufo_ds.errors import UserError, run
+from ufo_ds.parallel.launch import name_accelerator
 
 VERBS = {
     "train": "train a recipe (with several processes: deepspeed ufo_ds/train.py)",
@@ -22,6 +23,7 @@ def _dispatch(argv: list[str] | None) -> None:
         return
     if verb not in VERBS:
         raise UserError(f"no verb {verb!r}: use one of {', '.join(VERBS)}")
+    name_accelerator()
     importlib.import_module(f"ufo_ds.{verb}").main(rest)
 
 

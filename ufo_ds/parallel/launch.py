@@ -7,9 +7,16 @@ import socket
 import struct
 import warnings
 
+import torch
 import torch.distributed as dist
 
 from ufo_ds.errors import UserError
+
+
+def name_accelerator() -> None:
+    """Tell DeepSpeed, which transformers imports too, that there is no GPU, before it warns that it found none."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def adopt_environment() -> int:
@@ -18,6 +25,7 @@ def adopt_environment() -> int:
     Returns:
         The number of ranks.
     """
+    name_accelerator()
     if "SLURM_PROCID" in os.environ and "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         os.environ |= {
             "RANK": os.environ["SLURM_PROCID"],
