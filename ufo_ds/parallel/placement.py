@@ -6,8 +6,6 @@ the other groups share their gradients and, under ZeRO, their memory (DeepSpeed'
 
 from dataclasses import dataclass
 
-from ufo_ds.errors import UserError
-
 
 @dataclass(frozen=True)
 class Placement:
@@ -60,13 +58,8 @@ def share(positions: range, parts: int, part: int) -> range:
 
 
 def place(tasks: list[str], world_size: int, ep_size: int) -> Placement:
-    """Spread tasks over the expert-parallel ranks in their order, numbers as equal as can be.
-
-    Raises:
-        UserError: ``ep_size`` does not divide ``world_size``.
-    """
-    if world_size % ep_size:
-        raise UserError(f"expert_parallel.autoep_size {ep_size} does not divide the {world_size} ranks: use a divisor")
+    """Spread tasks over the expert-parallel ranks in their order, numbers as equal as can be; ``ep_size`` divides
+    ``world_size`` (:func:`ufo_ds.parallel.config.resolve` sees to it)."""
     everyone = range(len(tasks))
     return Placement(
         world_size, ep_size, tuple(tuple(tasks[i] for i in share(everyone, ep_size, e)) for e in range(ep_size))

@@ -28,11 +28,11 @@ def train(recipe: Recipe, config: DistributedConfig, run_dir: Path) -> dict[str,
     if world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # ranks that share cores and each take all of them are many times slower
     try:
+        last = resume_from(run_dir, recipe)
         _make_demo_shards(recipe, rank)
         sources = {task.name: TrainSource.open(task, recipe.seed) for task in recipe.tasks}
         images = benchmarks.open_images(recipe)
         benchmarks.check(recipe, images, {name: source.classes for name, source in sources.items()})
-        last = resume_from(run_dir, recipe)
         num_classes = {name: source.num_classes for name, source in sources.items()}
         start_values = None
         if recipe.model.init is not None and last is None:
