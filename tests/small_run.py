@@ -7,8 +7,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ufo_ds import checkpoint
-from ufo_ds import recipe as recipes
+from ufo_ds import checkpoint, recipe_file
 from ufo_ds.checkpoint import Index, Parameter
 from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.data.transforms import evaluation_transform
@@ -22,7 +21,7 @@ PATHS = {
 
 
 def make_recipe(**model):
-    return recipes.parse(
+    return recipe_file.parse(
         {
             "name": "test",
             "model": {
@@ -77,7 +76,7 @@ def write_checkpoint(directory, model, step=10, apart=None, **about):
     unfinished = directory / "unfinished"
     unfinished.mkdir(parents=True)
     routes = {task: {unit: list(layers) for unit, layers in by_unit.items()} for task, by_unit in model.routes.items()}
-    index = Index(step, recipes.dump(model.recipe), CLASSES, routes, **about)
+    index = Index(step, recipe_file.dump(model.recipe), CLASSES, routes, **about)
     draw = np.random.default_rng(step)
     files = [{}, {}, {}]
     for name, parameter in model.named_parameters():

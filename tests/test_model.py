@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTModel
 
-from ufo_ds import recipe as recipes
+from ufo_ds import recipe_file
 from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.errors import UserError
 from ufo_ds.model.dense import vit_config, vit_state
@@ -48,7 +48,7 @@ def make_recipe(routes="own", tasks=TASKS, seed=0, **model):
         **model,
     }
     data = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]}
-    return recipes.parse(
+    return recipe_file.parse(
         {"name": "test", "model": values, "tasks": tasks, "data": data, "schedule": {"steps": 1}, "seed": seed}, "test"
     )
 
@@ -114,7 +114,7 @@ def relative(found, wanted):
 
 def count(name, overrides=()):
     with torch.device("meta"):
-        return sum(p.numel() for p in Supernet(recipes.load(name, list(overrides)), {}).parameters())
+        return sum(p.numel() for p in Supernet(recipe_file.load(name, list(overrides)), {}).parameters())
 
 
 def test_ufo2_has_17_billion_parameters():

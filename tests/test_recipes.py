@@ -3,10 +3,10 @@
 import pytest
 import yaml
 
-from ufo_ds import recipe
+from ufo_ds import recipe_file
 from ufo_ds.errors import UserError
 
-SHIPPED = sorted(path.stem for path in recipe.RECIPES.glob("*.yaml"))
+SHIPPED = sorted(path.stem for path in recipe_file.RECIPES.glob("*.yaml"))
 
 
 def test_the_recipes_that_are_promised_are_shipped():
@@ -15,21 +15,21 @@ def test_the_recipes_that_are_promised_are_shipped():
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipes_load_and_survive_printing(name):
-    loaded = recipe.load(name)
+    loaded = recipe_file.load(name)
     assert loaded.name == name
-    assert recipe.parse(yaml.safe_load(recipe.to_yaml(loaded)), "printed") == loaded
+    assert recipe_file.parse(yaml.safe_load(recipe_file.to_yaml(loaded)), "printed") == loaded
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipes_open_with_their_command(name):
-    text = (recipe.RECIPES / f"{name}.yaml").read_text()
+    text = (recipe_file.RECIPES / f"{name}.yaml").read_text()
     assert text.startswith("#")
     assert "# Command: deepspeed ufo_ds/train.py" in text
     assert "# Result" in text
 
 
 def test_allinone_is_as_published():
-    loaded = recipe.load("allinone_vit_l")
+    loaded = recipe_file.load("allinone_vit_l")
     batches = {task.name: task.samples_per_step for task in loaded.tasks}
     assert batches == {"face": 1024, "person": 512, "products": 512, "vehicle": 512}
     assert loaded.model.backbone.name == "vit_large"
@@ -48,7 +48,7 @@ def test_allinone_is_as_published():
 
 
 def test_ufo2_is_as_published():
-    loaded = recipe.load("ufo2_17b")
+    loaded = recipe_file.load("ufo2_17b")
     tasks = {task.name: task for task in loaded.tasks}
     assert len(tasks) == 26
     batches = {name: task.samples_per_step for name, task in tasks.items() if task.samples_per_step != 144}
@@ -70,7 +70,7 @@ def test_ufo2_is_as_published():
 
 
 def test_ufo2_has_17_billion_parameters():
-    loaded = recipe.load("ufo2_17b")
+    loaded = recipe_file.load("ufo2_17b")
     vit = loaded.model.backbone
     assert set(loaded.model.experts) == {"embed", "norm", "attn", "ffn"}
     assert not loaded.model.routes  # own, where there are experts
@@ -86,20 +86,20 @@ def test_ufo2_has_17_billion_parameters():
     smaller = path + len(loaded.tasks) * (vit.depth * ffn + embedding)
     assert smaller / 1e9 == pytest.approx(11.57, abs=0.005)
     overrides = [("model.experts", "[embed, ffn]")]
-    assert recipe.load("ufo2_17b", overrides).model.experts == ["embed", "ffn"]
+    assert recipe_file.load("ufo2_17b", overrides).model.experts == ["embed", "ffn"]
 
 
 def test_recipes_load_from_a_file_and_fill_in_defaults(tmp_path):
     file = tmp_path / "mine.yaml"
-    file.write_text((recipe.RECIPES / "demo.yaml").read_text())
-    loaded = recipe.load(str(file))
-    assert loaded == recipe.load("demo")
+    file.write_text((recipe_file.RECIPES / "demo.yaml").read_text())
+    loaded = recipe_file.load(str(file))
+    assert loaded == recipe_file.load("demo")
     assert loaded.optimizer.momentum == 0.9
 
 
 def test_overrides_address_tasks_by_name():
     overrides = [("tasks.glyphs.samples_per_step", "64"), ("optimizer.lr", "1e-4")]
-    loaded = recipe.load("demo", overrides)
+    loaded = recipe_file.load("demo", overrides)
     assert {task.name: task.samples_per_step for task in loaded.tasks} == {"digits": 32, "glyphs": 64}
     assert loaded.optimizer.lr == 1e-4
 
@@ -118,11 +118,11 @@ def test_overrides_address_tasks_by_name():
 )
 def test_wrong_values_end_in_one_line(overrides, message):
     with pytest.raises(UserError) as caught:
-        recipe.load("demo", overrides)
+        recipe_file.load("demo", overrides)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_recipe_names_those_that_exist():
     with pytest.raises(UserError, match=r"no recipe 'dmeo'.*allinone_vit_l, demo"):
-        recipe.load("dmeo")
+        recipe_file.load("dmeo")

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from ufo_ds import recipe as recipes
+from ufo_ds import recipe_file
 from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.errors import UserError
 from ufo_ds.model.router import Router
@@ -116,7 +116,7 @@ def test_weights_are_sorted_by_unit_and_layer():
 def make_supernet():
     """Task a learns its FFNs, b all but the embedding and one attention; c learns nothing."""
     linear = {"head": {"type": "linear"}, "loss": {"cross_entropy": {}}, "input": [16, 16], "samples_per_step": 2}
-    recipe = recipes.parse(
+    recipe = recipe_file.parse(
         {
             "name": "test",
             "model": {

@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ufo_ds.errors import UserError
-from ufo_ds.recipe import Recipe, parse
+from ufo_ds.recipe import Recipe
+from ufo_ds.recipe_file import parse
 
 INDEX = "index.json"
 VERSION = 1

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # started by its path: the repository, not this fold
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from ufo_ds import recipe as recipes
+from ufo_ds import recipe_file
 from ufo_ds.errors import UserError, run
 from ufo_ds.parallel import config as configs
 from ufo_ds.parallel.launch import adopt_environment
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, check everything that can be checked, build, train."""
     world_size = adopt_environment()
     options, overrides = parse_arguments(argv)
-    recipe = recipes.load(options.recipe, overrides)
+    recipe = recipe_file.load(options.recipe, overrides)
     run_dir = options.run_dir or Path("runs") / recipe.name
     config = configs.resolve(configs.load(options.deepspeed), options.deepspeed, recipe, world_size)
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 from ufo_ds import recipe as recipes
+from ufo_ds import recipe_file
 from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.model.supernet import Supernet, init_weights
 from ufo_ds.parallel import config as configs
@@ -53,7 +54,7 @@ def make_recipe(case: dict) -> recipes.Recipe:
     def possible(routes: dict) -> dict:
         return {unit: route for unit, route in routes.items() if unit in case["experts"]}
 
-    return recipes.parse(
+    return recipe_file.parse(
         {
             "name": "equality",
             "model": {

@@ -17,7 +17,7 @@ from ufo_ds.errors import UserError
 from ufo_ds.evaluation import benchmarks
 from ufo_ds.parallel import checkpoint as parallel_checkpoint
 from ufo_ds.parallel.engine import Engine
-from ufo_ds.recipe import dump
+from ufo_ds.recipe_file import dump
 from ufo_ds.training.run_directory import RunDirectory
 from ufo_ds.training.schedule import learning_rate
 

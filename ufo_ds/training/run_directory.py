@@ -17,7 +17,8 @@ from typing import Any, TextIO
 
 from ufo_ds import checkpoint
 from ufo_ds.errors import UserError
-from ufo_ds.recipe import Recipe, dump, to_yaml
+from ufo_ds.recipe import Recipe
+from ufo_ds.recipe_file import dump, to_yaml
 
 # What may differ between two starts of one run: where it stops and what it shows, not what it computes.
 _FREE = ("schedule.steps", "data.workers", "evaluation.", "checkpoint.", "logging.")
