@@ -164,7 +164,7 @@ def test_every_path_of_a_packed_batch_is_a_stock_vit(routes):
             wanted = vit(pixels_of(image))
             tokens = split(features.tokens_ND, features.segments)[i].view(wanted.last_hidden_state.shape)
             assert relative(tokens, wanted.last_hidden_state) < 1e-5
-            cls = split(features.cls_BD, [s.per_image() for s in features.segments])[i]
+            cls = split(features.pooled_BD, [s.per_image() for s in features.segments])[i]
             assert relative(cls, wanted.last_hidden_state[:, 0]) < 1e-5
             assert relative(outputs[name].embedding, wanted.pooler_output) < 1e-5
             h, w = GRIDS[name]
@@ -225,7 +225,7 @@ def test_images_of_another_size_get_a_resized_position_embedding(routes):
     vit.load_state_dict(vit_state(recipe, model.spec("a"), model.state_dict().__getitem__))
     with torch.no_grad():
         wanted = vit(pixels_of(images), interpolate_pos_encoding=True).last_hidden_state[:, 0]
-        assert relative(model.backbone({"a": images}).cls_BD, wanted) < 1e-5
+        assert relative(model.backbone({"a": images}).pooled_BD, wanted) < 1e-5
 
 
 def test_a_task_may_be_named_like_a_part_of_the_model():
@@ -280,10 +280,10 @@ def test_a_dropped_branch_adds_nothing_to_its_image_and_the_others_are_scaled():
                 block.ffn.own[name].fc2.weight *= 2
                 block.ffn.own[name].fc2.bias *= 2
         stronger = model.backbone(images)
-    assert relative(found.cls_BD[1:3], bare[1:3]) < 1e-6
+    assert relative(found.pooled_BD[1:3], bare[1:3]) < 1e-6
     others = torch.tensor([0, 3, 4, 5])
-    assert relative(found.cls_BD[others], plain.cls_BD[others]) < 1e-6
-    assert relative(plain.cls_BD[1:3], bare[1:3]) > 1e-2
+    assert relative(found.pooled_BD[others], plain.pooled_BD[others]) < 1e-6
+    assert relative(plain.pooled_BD[1:3], bare[1:3]) > 1e-2
     assert relative(double.tokens_ND, stronger.tokens_ND) < 1e-5
 
 

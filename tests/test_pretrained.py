@@ -43,7 +43,7 @@ def test_a_model_starts_as_the_pretrained_vit(tmp_path, route):
         pixels = (images / 255 - mean[:, None, None]) / std[:, None, None]
         with torch.no_grad():
             wanted = vit(pixels, interpolate_pos_encoding=True).last_hidden_state[:, 0]
-            assert relative(model.eval().backbone({task.name: images}).cls_BD, wanted) < 1e-5
+            assert relative(model.eval().backbone({task.name: images}).pooled_BD, wanted) < 1e-5
     heads = {name for name, _ in model.named_parameters() if name.startswith("heads.")}
     assert heads == {"heads.digits.classifier.weight", "heads.digits.classifier.bias"}
     assert model.heads["digits"].classifier.weight.std().item() == pytest.approx(0.01, rel=0.5)  # drawn

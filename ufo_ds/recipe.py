@@ -38,6 +38,10 @@ class Backbone:
     patch_size: Positive
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
     layer_norm_eps: float = 1e-6
+    # Channels of 3x3 convolutions of stride 2 before the patch projection, which sees the rest of a patch; none: a
+    # plain ViT. With patch_size 16, four of them leave one position for each token.
+    stem: list[Positive] = dataclasses.field(default_factory=list)
+    pool: Literal["cls", "mean"] = "cls"  # the feature: the class token, or without one the mean of the patches' tokens
     name: str = "custom"
 
     @model_validator(mode="before")
@@ -57,13 +61,33 @@ class Backbone:
             raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}")
         return self
 
+    @model_validator(mode="after")
+    def _stem_divides(self) -> "Backbone":
+        if self.patch_size % 2 ** len(self.stem):
+            raise ValueError(
+                f"patch_size {self.patch_size} is not a multiple of the stem's stride {2 ** len(self.stem)}: "
+                "drop a layer of the stem or change patch_size"
+            )
+        return self
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches' ones."""
+        return 1 if self.pool == "cls" else 0
+
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
 class Router:
     """How learned routes are found: straight-through Gumbel-softmax over (shared, own), Jang et al., 2017."""
 
     temperature: Annotated[float, Field(gt=0)] = 5.0
+    final_temperature: Annotated[float, Field(gt=0)] | None = None  # reached when routes freeze; default: no change
+    # Share of a task's samples, rounded to 1 / whole number, on which the copy not chosen is computed (forward only).
+    probe: Annotated[float, Field(gt=0, le=1)] = 1.0
     freeze_at: Positive | None = None  # the step from which each learned route is its more probable branch
+    freeze_when_stable: Positive | None = (
+        None  # or as soon as no route's more probable branch changed for so many steps
+    )
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
@@ -73,6 +97,9 @@ class Model:
     # Per unit a route for all layers, or one for each layer; a unit with experts is `own` unless said otherwise.
     routes: dict[Unit, Route | list[Route]] = dataclasses.field(default_factory=dict)
     router: Router = dataclasses.field(default_factory=Router)
+    # Share of every task's training samples, rounded up, that takes the shared copy of every unit whatever the routes,
+    # so that the shared path stays one from which a new task can start.
+    shared_samples: Share = 0.0
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the last layer, rising linearly from 0
     input: Size | None = None  # of the shared position embedding; default: the first task's input
     init: str | None = None  # a Hugging Face ViT checkpoint (directory or hub id) to start from

@@ -61,6 +61,8 @@ def make_recipe(case: dict) -> recipes.Recipe:
                 "backbone": {"dim": 16, "depth": 2, "heads": 2, "patch_size": 8},
                 "experts": case["experts"],
                 "routes": possible(routes),
+                "router": {"probe": case["probe"]},
+                "shared_samples": case["shared_samples"],
                 "drop_path": 0.3,
             },
             "tasks": [{**task, "routes": possible(task.get("routes", {}))} for task in tasks[: case["tasks"]]],

@@ -1,19 +1,30 @@
 """Shared and own copies of a unit, and the way of each task's rows through them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from ufo_ds.model.packing import Segment, concatenate, split
+from ufo_ds.model.packing import Segment, concatenate, join, split
 
 SHARED, OWN, LEARNED = "shared", "own", "learned"
+
+
+class Choice(NamedTuple):
+    """This step's decision of a learned route: ``own`` or not, on the host; ``weights_2`` (shared, own), one-hot and
+    with a gradient to the router; ``scale``, by which a gradient from the probed samples stands for all of them."""
+
+    own: bool
+    weights_2: Tensor
+    scale: float
 
 
 class TaskExperts(nn.ModuleDict):
     """One unit per task. ``parallel.experts`` replaces it by the layer that holds only this rank's tasks."""
 
     def forward(self, x_ND: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """Each segment through its own task's unit; a task's unit sees one slice."""
+        """Each task's rows through its own unit, which sees one slice; at most one segment per task."""
         if not segments:
             return next(iter(self.values()))(x_ND, [])  # no rows, of the right width
         rows = split(x_ND, segments)
@@ -29,48 +40,86 @@ class RoutedUnit(nn.Module):
     batch: ranks that hold different tasks then call the same modules in the same order, which ZeRO-3 demands.
     """
 
-    def __init__(self, make: Callable[[str | None], nn.Module], tasks: Sequence[str], routes: Mapping[str, str]):
+    def __init__(
+        self,
+        make: Callable[[str | None], nn.Module],
+        tasks: Sequence[str],
+        routes: Mapping[str, str],
+        shared_samples: bool = False,
+    ):
         """``make(None)`` builds the shared copy, ``make(task)`` a task's own; without ``tasks`` there are no own
-        copies. ``routes`` is the route of every task of the model through this unit: shared, own or learned."""
+        copies. ``routes`` is the route of every task of the model through this unit: shared, own or learned.
+        ``shared_samples``: in training there are samples that take the shared path, whatever their task's route."""
         super().__init__()
         self.shared = make(None)
         self.own = TaskExperts({task: make(task) for task in tasks}) if tasks else None
         self.routes = dict(routes)
+        self.shared_samples = shared_samples
 
-    def forward(
-        self, x_ND: Tensor, segments: Sequence[Segment], weights_T2: Mapping[str, Tensor] | None = None
-    ) -> Tensor:
-        """``weights_T2[task]`` is the router's ``[2]`` (shared, own) of each task with a learned route here."""
+    def forward(self, x_ND: Tensor, segments: Sequence[Segment], choices: Mapping[str, Choice] | None = None) -> Tensor:
+        """``choices`` has every task of the segments whose route here is learned."""
         kinds = set(self.routes.values())
-        if kinds == {SHARED}:
-            return self.shared(x_ND, segments)
-        assert self.own is not None
-        if kinds == {OWN}:
-            return self.own(x_ND, segments)
-        shared, idle_shared = self._through(self.shared, OWN, x_ND, segments)
-        own, idle_own = self._through(self.own, SHARED, x_ND, segments)
-        merged: list[Tensor] = []
-        for segment in segments:
-            task = segment.task
-            if task in shared and task in own:
-                assert weights_T2 is not None
-                weight_2 = weights_T2[task].to(own[task].dtype)
-                merged.append(weight_2[0] * shared[task] + weight_2[1] * own[task])
-            else:
-                merged.append(own[task] if task in own else shared[task])
-        return concatenate(merged + idle_shared + idle_own, x_ND)
+        if self.own is None or kinds == {SHARED}:
+            return self.shared(x_ND, join(segments))
+        if kinds == {OWN} and not (self.training and self.shared_samples):
+            return self.own(x_ND, join(segments))
+        choices = choices or {}
+        rows, goes_own = split(x_ND, segments), [self._goes_own(segment, choices) for segment in segments]
+        # Each copy is called even where it has no rows: that keeps it in the graph, and ranks alike.
+        outputs, idle = self._sorted(rows, segments, goes_own, range(len(segments)), x_ND)
+        if self.training and LEARNED in kinds:
+            probes = [i for i, s in enumerate(segments) if s.part == "probe" and self.routes[s.task] == LEARNED]
+            with torch.no_grad():  # multiplied by a weight of zero, they would have no gradient anyhow
+                others, _ = self._sorted(rows, segments, [not own for own in goes_own], probes, x_ND)
+            for i in probes:
+                chosen_ND, choice = outputs[i].detach(), choices[segments[i].task]
+                own_minus_shared_ND = chosen_ND - others[i] if goes_own[i] else others[i] - chosen_ND
+                outputs[i] = _RouteGradient.apply(outputs[i], own_minus_shared_ND, choice.weights_2, choice.scale)
+        return concatenate([*outputs.values(), *idle], x_ND)
 
-    def _through(
-        self, unit: nn.Module, other: str, x_ND: Tensor, segments: Sequence[Segment]
-    ) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """One call over the segments that are not routed to the ``other`` copy alone: their rows by task. Where there
-        are none, the output of no rows comes apart; joined to the others it keeps the unit in the graph."""
-        picked = [segment for segment in segments if self.routes[segment.task] != other]
-        if len(picked) == len(segments):
-            y_ND = unit(x_ND, picked)
-        else:
-            rows = zip(split(x_ND, segments), segments, strict=True)
-            y_ND = unit(concatenate([x for x, segment in rows if segment in picked], x_ND), picked)
-        if not picked:
-            return {}, [y_ND]
-        return dict(zip([segment.task for segment in picked], split(y_ND, picked), strict=True)), []
+    def _goes_own(self, segment: Segment, choices: Mapping[str, Choice]) -> bool:
+        if segment.part == "shared":
+            return False
+        route = self.routes[segment.task]
+        return choices[segment.task].own if route == LEARNED else route == OWN
+
+    def _sorted(
+        self,
+        rows: Sequence[Tensor],
+        segments: Sequence[Segment],
+        goes_own: Sequence[bool],
+        chosen: Sequence[int],
+        like: Tensor,
+    ) -> tuple[dict[int, Tensor], list[Tensor]]:
+        """One call of each copy over those of the ``chosen`` segments that go there: their outputs, by their place and
+        in its order, and those of calls without rows."""
+        outputs, idle = dict.fromkeys(chosen, like), []
+        for unit, own in ((self.shared, False), (self.own, True)):
+            picked = [i for i in chosen if goes_own[i] == own]
+            assert unit is not None
+            y_ND = unit(concatenate([rows[i] for i in picked], like), join(segments[i] for i in picked))
+            if picked:
+                outputs |= zip(picked, split(y_ND, [segments[i] for i in picked]), strict=True)
+            else:
+                idle.append(y_ND)
+        return outputs, idle
+
+
+class _RouteGradient(torch.autograd.Function):
+    """The identity for ``y_ND``, with a gradient to the weights of ``w[0] * shared + w[1] * own``.
+
+    The weights come from a softmax over the two, to which only the difference of their gradients matters; so the
+    second alone gets that of ``own - shared``, times ``scale``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y_ND: Tensor, own_minus_shared_ND: Tensor, weights_2: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(own_minus_shared_ND)
+        ctx.scale = scale
+        return y_ND.view_as(y_ND)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, Tensor, None]:
+        (own_minus_shared_ND,) = ctx.saved_tensors
+        grad_own = ctx.scale * (grad_ND.float() * own_minus_shared_ND.float()).sum()
+        return grad_ND, None, torch.stack([torch.zeros_like(grad_own), grad_own]), None

@@ -4,52 +4,98 @@ Any unit may be given no rows: it then returns none, and its parameters still ge
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ufo_ds.model.packing import Segment, buckets, concatenate
+from ufo_ds.model.packing import Segment, buckets, concatenate, patchify, split, unpatchify
 
 
 class Embedding(nn.Module):
-    """Patch projection, class token and position embedding (``[1 + h * w, D]``, class token first).
+    """Images to tokens: a stem, a patch projection, class token and position embedding.
 
-    A segment with another grid than the unit's gets the position embedding resized bicubically, as
-    ``transformers.ViTModel(interpolate_pos_encoding=True)`` does.
+    Without ``stem`` the projection sees the pixels of each patch, as in the plain ViT. ``stem`` are the channels of
+    3x3 convolutions of stride 2 before it, each with group norm and ReLU (Xiao et al., 2021, with a norm that does
+    not mix the samples of a batch); the projection then sees what they leave of a patch.
+
+    The position embedding is ``[prefix + h * w, D]``, class token first. A segment with another grid than the unit's
+    gets it resized bicubically, as ``transformers.ViTModel(interpolate_pos_encoding=True)`` does.
     """
 
-    def __init__(self, patch_size: int, dim: int, grid_hw: tuple[int, int]):
+    def __init__(self, patch_size: int, dim: int, grid_hw: tuple[int, int], prefix: int = 1, stem: Sequence[int] = ()):
         super().__init__()
-        self.grid_hw = grid_hw
-        self.patch = nn.Linear(3 * patch_size**2, dim)
-        self.cls = nn.Parameter(torch.empty(1, dim))
-        self.position = nn.Parameter(torch.empty(1 + grid_hw[0] * grid_hw[1], dim))
+        self.patch_size, self.grid_hw = patch_size, grid_hw
+        channels = [3, *stem]
+        self.stem = nn.ModuleList(StemLayer(a, b) for a, b in pairwise(channels))
+        self.rest = patch_size // 2 ** len(stem)  # side of a patch after the stem
+        self.patch = nn.Linear(channels[-1] * self.rest**2, dim)
+        self.cls = nn.Parameter(torch.empty(prefix, dim)) if prefix else None
+        self.position = nn.Parameter(torch.empty(prefix + grid_hw[0] * grid_hw[1], dim))
 
     def forward(self, x_NP: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """``x_NP``: pixels of patches, as :func:`patchify` cuts them."""
+        if self.stem:
+            x_NP = self._stemmed(x_NP, segments)
         patch_ND = self.patch(x_NP)
         if not segments:
-            return patch_ND + self.cls + self.position[:1]
+            return patch_ND + self.position[:1] + (0 if self.cls is None else self.cls)
         pieces, row = [], 0
         for segment in segments:
-            patch_BLD = patch_ND[row : row + segment.rows].unflatten(0, (segment.images, segment.tokens))
-            cls_B1D = self.cls.expand(segment.images, 1, -1)
-            x_BLD = torch.cat([cls_B1D, patch_BLD[:, 1:]], dim=1) + resize_position(
-                self.position, self.grid_hw, segment.grid_hw
-            )
+            x_BLD = patch_ND[row : row + segment.rows].unflatten(0, (segment.images, segment.tokens))
+            if self.cls is not None:
+                x_BLD = torch.cat([self.cls.expand(segment.images, 1, -1), x_BLD[:, 1:]], dim=1)
+            x_BLD = x_BLD + resize_position(self.position, self.grid_hw, segment.grid_hw)
             pieces.append(x_BLD.flatten(0, 1))
             row += segment.rows
         return concatenate(pieces, patch_ND)
 
+    def _stemmed(self, x_NP: Tensor, segments: Sequence[Segment]) -> Tensor:
+        if not segments:  # no image, through all layers
+            return self._convolved(x_NP.new_zeros(0, 3, self.patch_size, self.patch_size), 0)
+        # Images of one size in one call, whatever their tasks.
+        rows, by_grid = split(x_NP, segments), dict[tuple[int, int], list[int]]()
+        for i, segment in enumerate(segments):
+            by_grid.setdefault(segment.grid_hw, []).append(i)
+        pieces: dict[int, Tensor] = {}
+        for indices in by_grid.values():
+            images = [unpatchify(rows[i], segments[i], self.patch_size) for i in indices]
+            y_NP = self._convolved(concatenate(images, images[0]), segments[0].prefix)
+            pieces |= zip(indices, y_NP.split([segments[i].rows for i in indices]), strict=True)
+        return concatenate([pieces[i] for i in range(len(segments))], x_NP)
+
+    def _convolved(self, x_BCHW: Tensor, prefix: int) -> Tensor:
+        for layer in self.stem:
+            x_BCHW = layer(x_BCHW)
+        return patchify(x_BCHW, self.rest, prefix)
+
+
+class StemLayer(nn.Module):
+    """3x3 convolution of stride 2, group norm, ReLU; halves height and width, rounded up."""
+
+    def __init__(self, channels_in: int, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels_in, channels, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.GroupNorm(stem_groups(channels), channels)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return F.relu(self.norm(self.conv(x_BCHW)))
+
+
+def stem_groups(channels: int) -> int:
+    """Groups of 8 channels where they divide (Wu and He, 2018, keep 16), else one."""
+    return channels // 8 if channels % 8 == 0 else 1
+
 
 def resize_position(position_LD: Tensor, grid_hw: tuple[int, int], to_hw: tuple[int, int]) -> Tensor:
-    """Resize the grid part of a position embedding; the class token's row stays."""
+    """Resize the grid part of a position embedding; a class token's row before it stays."""
     if grid_hw == to_hw:
         return position_LD
-    cls_1D, rest = position_LD[:1], position_LD[1:]
-    grid_1Dhw = rest.unflatten(0, grid_hw).permute(2, 0, 1)[None].float()
+    prefix = len(position_LD) - grid_hw[0] * grid_hw[1]
+    grid_1Dhw = position_LD[prefix:].unflatten(0, grid_hw).permute(2, 0, 1)[None].float()
     grid_1Dhw = F.interpolate(grid_1Dhw, size=to_hw, mode="bicubic", align_corners=False)
-    return torch.cat([cls_1D, grid_1Dhw[0].flatten(1).T.to(position_LD.dtype)])
+    return torch.cat([position_LD[:prefix], grid_1Dhw[0].flatten(1).T.to(position_LD.dtype)])
 
 
 class Norm(nn.LayerNorm):

@@ -7,7 +7,7 @@ import torch
 
 from ufo_ds.checkpoint import Reader
 from ufo_ds.errors import UserError
-from ufo_ds.model.router import Choice
+from ufo_ds.model.router import Place
 from ufo_ds.model.spec import UNITS, SubnetSpec, routes_of
 from ufo_ds.model.supernet import Supernet
 from ufo_ds.recipe import Recipe, number_of_routes, only
@@ -46,7 +46,7 @@ def spec_of(reader: Reader, task: str) -> SubnetSpec:
     recipe = only(reader.recipe, [task])
     routes = {unit: list(layers) for unit, layers in reader.index.routes[task].items()}
     # The router's rows are the routes that the recipe left to learning, in its order, frozen or not.
-    asked: list[Choice] = [
+    asked: list[Place] = [
         (unit, i) for unit in UNITS for i, route in enumerate(routes_of(recipe, task)[unit]) if route == "learned"
     ]
     if any("learned" in layers for layers in routes.values()):

@@ -5,6 +5,8 @@ A parameter's name says where it lives: ``blocks.7.ffn.shared.fc1.weight``, ``bl
 ``heads.person.classifier.weight``.
 """
 
+import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ufo_ds.data.mixing import Batch
+from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.errors import UserError
 from ufo_ds.model.experts import LEARNED, OWN, SHARED, RoutedUnit
 from ufo_ds.model.heads import BatchNormNeck, Outputs, TaskHead, TaskHeads
 from ufo_ds.model.layers import FFN, Attention, Embedding, Norm
-from ufo_ds.model.packing import Segment, concatenate, patchify, split
-from ufo_ds.model.router import Choice, Router, Weights
+from ufo_ds.model.packing import Part, Segment, concatenate, join, overlap, patchify, split
+from ufo_ds.model.router import Choices, Place, Router
 from ufo_ds.model.spec import UNITS, SubnetSpec, routes_of
 from ufo_ds.recipe import Backbone, Recipe, Size
 from ufo_ds.seeding import torch_generator
@@ -26,11 +28,12 @@ from ufo_ds.seeding import torch_generator
 
 @dataclass
 class Features:
-    """What the backbone returns: ``cls_BD`` (class tokens after the last norm) and all ``tokens_ND``."""
+    """What the backbone returns: ``pooled_BD`` (the class token after the last norm, or the mean of the tokens) and all
+    ``tokens_ND``."""
 
     segments: list[Segment]
     tokens_ND: Tensor
-    cls_BD: Tensor
+    pooled_BD: Tensor
 
     def grid(self, index: int) -> Tensor:
         """The feature map ``[B, D, h, w]`` of a segment, for heads that need one."""
@@ -55,14 +58,14 @@ class Block(nn.Module):
         self.ffn = build("ffn", layer, lambda _: FFN(dim, round(dim * backbone.mlp_ratio)))
 
     def forward(
-        self, x_ND: Tensor, segments: Sequence[Segment], weights: Weights, drop_path_N2: Tensor | None
+        self, x_ND: Tensor, segments: Sequence[Segment], choices: Choices, drop_path_N2: Tensor | None
     ) -> Tensor:
         i = self.layer
-        y_ND = self.norm1(x_ND, segments, weights.get(("norm", i)))
-        y_ND = self.attn(y_ND, segments, weights.get(("attn", i)))
+        y_ND = self.norm1(x_ND, segments, choices.get(("norm", i)))
+        y_ND = self.attn(y_ND, segments, choices.get(("attn", i)))
         x_ND = x_ND + (y_ND if drop_path_N2 is None else y_ND * drop_path_N2[:, :1].to(y_ND.dtype))
-        y_ND = self.norm2(x_ND, segments, weights.get(("norm", i)))
-        y_ND = self.ffn(y_ND, segments, weights.get(("ffn", i)))
+        y_ND = self.norm2(x_ND, segments, choices.get(("norm", i)))
+        y_ND = self.ffn(y_ND, segments, choices.get(("ffn", i)))
         return x_ND + (y_ND if drop_path_N2 is None else y_ND * drop_path_N2[:, 1:].to(y_ND.dtype))
 
 
@@ -90,11 +93,13 @@ class Supernet(nn.Module):
 
         def build(unit: str, layer: int, make: Callable[[str | None], nn.Module]) -> RoutedUnit:
             routes = {name: self.routes[name][unit][layer] for name in self.tasks}
-            return RoutedUnit(make, list(self.tasks) if unit in model.experts else [], routes)
+            tasks = list(self.tasks) if unit in model.experts else []
+            return RoutedUnit(make, tasks, routes, shared_samples=model.shared_samples > 0)
 
         shared_input = model.input or recipe.tasks[0].input
         self.embed = build("embed", 0, lambda name: Embedding(
-            backbone.patch_size, backbone.dim, self.grid_hw(shared_input if name is None else self.tasks[name].input)
+            backbone.patch_size, backbone.dim, self.grid_hw(shared_input if name is None else self.tasks[name].input),
+            backbone.prefix, backbone.stem,
         ))  # fmt: skip
         self.blocks = nn.ModuleList(Block(build, i, backbone) for i in range(backbone.depth))
         self.norm = build("norm", backbone.depth, lambda _: Norm(backbone.dim, eps=backbone.layer_norm_eps))
@@ -102,7 +107,15 @@ class Supernet(nn.Module):
             name: TaskHead(task.head.type, backbone.dim, num_classes[name], task.loss)
             for name, task in self.tasks.items() if name in num_classes
         })  # fmt: skip
-        self.router = Router(self._learned_choices(), model.router.temperature, recipe.seed)
+        router = model.router
+        self.router = Router(
+            self._learned_places(),
+            router.temperature,
+            router.final_temperature or router.temperature,
+            router.freeze_at or recipe.schedule.steps,
+            router.probe,
+            recipe.seed,
+        )
 
     def fill_constants(self) -> None:
         """Set all buffers, which a model that comes from the meta device has only room for."""
@@ -120,7 +133,7 @@ class Supernet(nn.Module):
 
     # --- routes ---------------------------------------------------------------------------------------------------
 
-    def _learned_choices(self) -> dict[str, list[Choice]]:
+    def _learned_places(self) -> dict[str, list[Place]]:
         return {
             name: [(unit, i) for unit in UNITS for i, route in enumerate(routes[unit]) if route == LEARNED]
             for name, routes in self.routes.items()
@@ -128,7 +141,7 @@ class Supernet(nn.Module):
 
     @property
     def learns_routes(self) -> bool:
-        return any(self._learned_choices().values())
+        return any(self._learned_places().values())
 
     def set_routes(self, routes: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
         """Replace the routes of the given tasks, as freezing and loading do."""
@@ -146,11 +159,11 @@ class Supernet(nn.Module):
     def decided_routes(self, own_is_likelier: Mapping[str, Sequence[bool]]) -> dict[str, dict[str, tuple[str, ...]]]:
         """Every task's routes with the learned ones decided; ``own_is_likelier[task]`` is in the router's order."""
         decided = {}
-        for name, choices in self._learned_choices().items():
+        for name, places in self._learned_places().items():
             routes = {unit: list(layers) for unit, layers in self.routes[name].items()}
-            if choices:
-                rows = dict(zip(self.router.choices[name], own_is_likelier[name], strict=True))
-                for unit, layer in choices:
+            if places:
+                rows = dict(zip(self.router.places[name], own_is_likelier[name], strict=True))
+                for unit, layer in places:
                     routes[unit][layer] = OWN if rows[unit, layer] else SHARED
             decided[name] = {unit: tuple(layers) for unit, layers in routes.items()}
         return decided
@@ -171,39 +184,77 @@ class Supernet(nn.Module):
     def forward(self, batch: Batch) -> Tensor | dict[str, Outputs]:
         """In training the losses ``[tasks, len(LOSSES)]``, each the sum over this process's samples / the task's
         global count; in evaluation the outputs of every task's head."""
-        weights_R2 = None
+        routed_R3 = None
         if self.learns_routes:
-            weights_R2 = self.router(batch.step if self.training else None)
+            routed_R3 = self.router(batch.step if self.training else None)
+        segments = [segment for name, task in batch.tasks.items() for segment in self._cut(name, task, batch.step)]
         drop_path = self._drop_path(batch) if self.training and self.recipe.model.drop_path else None
-        features = self.backbone({name: task.images for name, task in batch.tasks.items()}, weights_R2, drop_path)
-        rows = [segment.per_image() for segment in features.segments]
+        images = {name: task.images for name, task in batch.tasks.items()}
+        features = self.backbone(images, segments, batch.step, routed_R3, drop_path)
+        rows = [segment.per_image() for segment in join(segments)]
         if not self.training:
-            return self.heads(features.cls_BD, rows)
+            return self.heads(features.pooled_BD, rows)
         return self.heads(
-            features.cls_BD,
+            features.pooled_BD,
             rows,
             {name: task.labels for name, task in batch.tasks.items()},
             {name: task.global_count for name, task in batch.tasks.items()},
         )
 
+    def segment(self, task: str, images: Tensor) -> Segment:
+        """Of all images ``[B, 3, H, W]`` of a task, on its path."""
+        grid, prefix = self.grid_hw((images.shape[2], images.shape[3])), self.recipe.model.backbone.prefix
+        return Segment(task, len(images), prefix + grid[0] * grid[1], grid, prefix, span=range(len(images)))
+
+    def _cut(self, name: str, task: TaskBatch, step: int) -> list[Segment]:
+        """Segments of a task's samples; in training those that take the shared path and those that are probed apart."""
+        everything = range(task.global_count)
+        whole = dataclasses.replace(self.segment(name, task.images), span=everything)
+        model = self.recipe.model
+        if not self.training or not model.experts:
+            return [whole]
+        shared = math.ceil(model.shared_samples * task.global_count)
+        spans: list[tuple[Part, range]] = [("shared", range(shared))]
+        rest = everything[shared:]
+        if any(LEARNED in layers for layers in self.routes[name].values()):
+            blocks, block = self.router.blocks, self.router.probed_block(step, name)
+            probed = rest[len(rest) * block // blocks : len(rest) * (block + 1) // blocks]
+            spans += [
+                ("plain", range(rest.start, probed.start)), ("probe", probed), ("plain", range(probed.stop, rest.stop))
+            ]  # fmt: skip
+        else:
+            spans += [("plain", rest)]
+        return [
+            dataclasses.replace(whole, images=len(overlap(task.positions, span)), part=part, span=span)
+            for part, span in spans
+            if span
+        ] or [whole]
+
     def backbone(
-        self, images: Mapping[str, Tensor], weights_R2: Tensor | None = None, drop_path_B: Tensor | None = None
+        self,
+        images: Mapping[str, Tensor],
+        segments: Sequence[Segment] | None = None,
+        step: int | None = None,
+        routed_R3: Tensor | None = None,
+        drop_path_B: Tensor | None = None,
     ) -> Features:
         """Features of uint8 images ``[B, 3, H, W]`` of each task.
 
         Args:
-            weights_R2: the router's output, where routes are learned.
+            segments: their parts; default: one segment a task, on the task's path.
+            step: of training, where routes are learned.
+            routed_R3: the router's output there.
             drop_path_B: ``[B, depth, 2]`` factors of the residual branches.
         """
-        weights = {} if weights_R2 is None else self.router.by_choice(weights_R2)
-        segments, patches = [], []
-        for name, image in images.items():
-            grid = self.grid_hw((image.shape[2], image.shape[3]))
-            segments.append(Segment(name, len(image), 1 + grid[0] * grid[1], grid))
-            patches.append(self._patches(image))
+        if segments is None:
+            segments = [self.segment(name, image) for name, image in images.items()]
+        choices: Choices = {}
+        if routed_R3 is not None:
+            choices = self.router.choices(routed_R3, step if self.training else None)
+        patches = [self._patches(image) for image in images.values()]
         if not patches:  # a process without any task takes part in every call all the same
             patches.append(self._patches(torch.empty(0, 3, *self.recipe.tasks[0].input)))
-        x_ND = self.embed(torch.cat(patches), segments, weights.get(("embed", 0)))
+        x_ND = self.embed(torch.cat(patches), segments, choices.get(("embed", 0)))
         drop_path_N = None
         if drop_path_B is not None:
             by_segment = drop_path_B.split([s.images for s in segments])
@@ -211,17 +262,28 @@ class Supernet(nn.Module):
                 [d.repeat_interleave(s.tokens, dim=0) for d, s in zip(by_segment, segments, strict=True)], drop_path_B
             )
         for i, block in enumerate(self.blocks):
-            x_ND = block(x_ND, segments, weights, None if drop_path_N is None else drop_path_N[:, i])
-        x_ND = self.norm(x_ND, segments, weights.get(("norm", len(self.blocks))))
-        cls_BD = concatenate([x[:: s.tokens] for x, s in zip(split(x_ND, segments), segments, strict=True)], x_ND)
-        if weights_R2 is not None:
-            cls_BD = cls_BD + 0.0 * weights_R2.sum()  # a process without samples of a task still has its gradient
-        return Features(segments, x_ND, cls_BD)
+            x_ND = block(x_ND, segments, choices, None if drop_path_N is None else drop_path_N[:, i])
+        x_ND = self.norm(x_ND, segments, choices.get(("norm", len(self.blocks))))
+        pooled_BD = self._pool(x_ND, segments)
+        if routed_R3 is not None:
+            pooled_BD = pooled_BD + 0.0 * routed_R3.sum()  # a process without samples of a task still has its gradient
+        return Features(list(segments), x_ND, pooled_BD)
+
+    def _pool(self, x_ND: Tensor, segments: Sequence[Segment]) -> Tensor:
+        if self.recipe.model.backbone.pool == "cls":
+            pieces = [x[:: s.tokens] for x, s in zip(split(x_ND, segments), segments, strict=True)]
+        else:
+            runs = join(segments)
+            pieces = [
+                x.unflatten(0, (s.images, s.tokens)).mean(1) for x, s in zip(split(x_ND, runs), runs, strict=True)
+            ]
+        return concatenate(pieces, x_ND)
 
     def _patches(self, images: Tensor) -> Tensor:
         weight = next(self.parameters())
         pixels = (images.to(weight.device).float() - self.mean) / self.std
-        return patchify(pixels, self.recipe.model.backbone.patch_size).to(weight.dtype)
+        backbone = self.recipe.model.backbone
+        return patchify(pixels, backbone.patch_size, backbone.prefix).to(weight.dtype)
 
     def _drop_path(self, batch: Batch) -> Tensor:
         """Factors ``[B, depth, 2]`` of the residual branches: 0 or 1 / keep (Huang et al., 2016).
@@ -265,12 +327,13 @@ def init_weights(model: Supernet, device: torch.device | str = "cpu", pretrained
 
 def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
     """The initialisation of big_vision's ViT: norms 1, biases and class tokens 0, matrices by Glorot and Bengio
-    (2010), position embeddings of standard deviation 1 / sqrt(D). The router's logits are 0, classifiers small."""
+    (2010), position embeddings of standard deviation 1 / sqrt(D). The router's logits are 0, classifiers small; a
+    stem's convolutions by He et al. (2015)."""
     parts = name.split(".")
     unit = parts[2] if parts[0] in ("blocks", "heads") else parts[0]
     if unit == "router" or parts[-1] in ("bias", "cls"):
         return torch.zeros(shape)
-    if unit in ("norm", "norm1", "norm2", "neck"):
+    if unit in ("norm", "norm1", "norm2", "neck") or parts[-2] == "norm":
         return torch.ones(shape)
     generator = torch_generator(seed, "init", re.sub(r"\.own\.[a-z0-9_]+\.", ".shared.", name))
     value = torch.empty(shape)
@@ -282,4 +345,6 @@ def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
         for part in value.chunk(3):
             nn.init.xavier_uniform_(part, generator=generator)
         return value
+    if parts[-2] == "conv":
+        return nn.init.kaiming_normal_(value, mode="fan_out", nonlinearity="relu", generator=generator)
     return nn.init.xavier_uniform_(value, generator=generator)

@@ -8,7 +8,7 @@ rows. They cost what the fullest rank's cost, and it sets the memory of the job 
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ufo_ds.model.experts import RoutedUnit, TaskExperts
 from ufo_ds.model.heads import Outputs, TaskHead, TaskHeads
-from ufo_ds.model.packing import Segment, concatenate, split
+from ufo_ds.model.packing import Segment, concatenate, overlap, split
 from ufo_ds.model.supernet import Supernet
 from ufo_ds.parallel.collectives import RankGroup, all_to_all
 from ufo_ds.parallel.placement import Placement
@@ -30,12 +30,12 @@ EMPTY = "EMPTY"  # prefix of an empty slot's module name; no task can have it
 class LayerExchange:
     """Sends rows to the ranks that own their task and results back, at every expert layer (``exchange: layer``).
 
-    ``images[e][task]`` is how many images expert-parallel rank e of this group reads, constant over the run, so no
-    counts are ever sent.
+    ``positions[e][task]`` are the samples of the task's global micro-batch that expert-parallel rank e of this group
+    reads, constant over the run, so no counts are ever sent.
     """
 
     placement: Placement
-    images: list[dict[str, int]]
+    positions: list[dict[str, range]]
     ep_rank: int
     group: dist.ProcessGroup
 
@@ -46,9 +46,7 @@ class LayerExchange:
         by_reader = self._sizes(mine)  # [reader][task]
         pieces = torch.split(y_ND, [rows for reader in by_reader for rows in reader])
         order = [pieces[reader * len(mine) + i] for i in range(len(mine)) for reader in range(self.placement.ep_size)]
-        local = [
-            Segment(s.task, sum(read[s.task] for read in self.images), s.tokens, s.grid_hw, s.prefix) for s in mine
-        ]
+        local = [replace(s, images=sum(len(overlap(read[s.task], s.span)) for read in self.positions)) for s in mine]
         return concatenate(order, y_ND), local
 
     def combine(self, y_ND: Tensor, segments: Sequence[Segment]) -> Tensor:
@@ -67,7 +65,7 @@ class LayerExchange:
         return mine, send, [sum(rows) for rows in self._sizes(mine)]
 
     def _sizes(self, mine: Sequence[Segment]) -> list[list[int]]:
-        return [[read[s.task] * s.tokens for s in mine] for read in self.images]
+        return [[len(overlap(read[s.task], s.span)) * s.tokens for s in mine] for read in self.positions]
 
 
 class _ExpertParallel(AutoEPMoELayer):
@@ -152,12 +150,9 @@ def parallelize(model: Supernet, placement: Placement, rank: int, samples: dict[
     layer_exchange = None
     if exchange == "layer" and placement.ep_size > 1:
         first = placement.replica(rank) * placement.ep_size
-        images = [
-            {task: len(positions) for task, positions in placement.read_evenly(first + e, samples).items()}
-            for e in range(placement.ep_size)
-        ]
+        positions = [placement.read_evenly(first + e, samples) for e in range(placement.ep_size)]
         group = groups._get_expert_parallel_group(f"ep_size_{placement.ep_size}")
-        layer_exchange = LayerExchange(placement, images, placement.ep_rank(rank), group)
+        layer_exchange = LayerExchange(placement, positions, placement.ep_rank(rank), group)
     for module in list(model.modules()):
         if isinstance(module, RoutedUnit) and isinstance(module.own, TaskExperts):
             module.own = ExpertParallelUnits(module.own, placement, rank, layer_exchange)
