@@ -10,6 +10,7 @@ gradient, times the number of blocks, is an unbiased estimate of that of all.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,14 @@ class Router(nn.Module):
                 self.changed_at = step
             self.likelier_own = likelier_own
         return choices
+
+    def memory(self) -> dict[str, Any]:
+        """What is to be kept beside the logits, so that a resumed run finds routes at rest when an uninterrupted one
+        does."""
+        return {"likelier_own": self.likelier_own, "changed_at": self.changed_at}
+
+    def remember(self, memory: Mapping[str, Any]) -> None:
+        self.likelier_own, self.changed_at = memory["likelier_own"], memory["changed_at"]
 
     def probed_block(self, step: int, task: str) -> int:
         """Which of the ``blocks`` of a task's samples is probed."""

@@ -116,6 +116,7 @@ def load(engine: Engine, directory: Path) -> Index:
         if name in index.buffers:
             buffer.copy_(reader.buffer(name))
     engine.model.set_routes(index.routes)
+    engine.model.router.remember(index.router)
     refresh_low_precision(engine)
     return index
 

@@ -237,6 +237,18 @@ class Engine:
 
     # --- routes ---------------------------------------------------------------------------------------------------
 
+    def route_probabilities(self) -> dict[str, dict[str, list[float | None]]]:
+        """The probability of the own copy, without noise and temperature, by task, unit and layer; None where a route
+        is not learned. Every rank calls it."""
+        router = self.model.router
+        probabilities: dict[str, dict[str, list[float | None]]] = {}
+        for task, parameter in router.logits.items():
+            own_R = safe_get_full_fp32_param(parameter).softmax(-1)[:, 1].tolist()
+            probabilities[task] = {unit: [None] * len(self.model.routes[task][unit]) for unit, _ in router.places[task]}
+            for (unit, layer), own in zip(router.places[task], own_R, strict=True):
+                probabilities[task][unit][layer] = own
+        return probabilities
+
     def freeze_routes(self) -> dict[str, dict[str, tuple[str, ...]]]:
         """Decide every learned route for its more probable branch, on all ranks alike."""
         own = {}

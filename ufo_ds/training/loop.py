@@ -65,8 +65,8 @@ class Trainer:
         progress = tqdm(total=steps, initial=start, desc="train", unit="step", disable=_bar_off(self.engine.rank))
         clock, counted = time.perf_counter(), start
         for step in range(start, steps):
-            if step == recipe.model.router.freeze_at and self.engine.model.learns_routes:
-                self._report_routes(self.engine.freeze_routes())
+            if self._routes_are_due(step):
+                self._report_routes(self.engine.freeze_routes(), step)
             rate = learning_rate(step, recipe.optimizer, recipe.schedule)
             parts = self.engine.step(self._noted(islice(batches, gas)), rate)
             progress.update()
@@ -74,11 +74,14 @@ class Trainer:
             if done % recipe.logging.every == 0 or done == steps:
                 seconds, clock = time.perf_counter() - clock, time.perf_counter()
                 self._record_step(done, parts, rate, seconds / (done - counted))
+                self._record_routes(done)
                 counted = done
             evaluate = done == steps or (recipe.evaluation.every is not None and done % recipe.evaluation.every == 0)
             is_best = self._evaluate(done) if evaluate else False
             if is_best or done == steps or done % recipe.checkpoint.every == 0:
                 self._save(done, is_best)
+            if done == steps and self.directory is not None:
+                self.directory.draw_routes()
             if evaluate:  # neither evaluation nor saving counts as training time
                 clock = time.perf_counter()
         progress.close()
@@ -152,6 +155,7 @@ class Trainer:
                 name: {unit: list(layers) for unit, layers in routes.items()}
                 for name, routes in self.engine.model.routes.items()
             },
+            router=self.engine.model.router.memory(),
             licences={name: source.licences for name, source in self.sources.items()},
             metrics=self.metrics,
         )
@@ -163,7 +167,24 @@ class Trainer:
                 checkpoint.write_best(self.checkpoints, done, metric, self.metrics[metric])
             checkpoint.prune(self.checkpoints, self.recipe.checkpoint.keep)
 
-    def _report_routes(self, routes: dict[str, dict[str, tuple[str, ...]]]) -> None:
+    def _routes_are_due(self, step: int) -> bool:
+        """Whether learned routes are to be frozen now, by schedule or because they have come to rest."""
+        model, router = self.engine.model, self.recipe.model.router
+        if not model.learns_routes:
+            return False
+        stable = router.freeze_when_stable
+        return step == router.freeze_at or (stable is not None and step - model.router.changed_at >= stable)
+
+    def _record_routes(self, done: int) -> None:
+        if not self.engine.model.learns_routes:
+            return
+        probabilities = self.engine.route_probabilities()
+        if self.directory is not None:
+            router = self.engine.model.router
+            self.directory.record_routes(done, probabilities, router.temperature_at(done), router.changed_at)
+
+    def _report_routes(self, routes: dict[str, dict[str, tuple[str, ...]]], step: int) -> None:
+        self._say(f"routes frozen at step {step}, unchanged since step {self.engine.model.router.changed_at}")
         for task, units in routes.items():
             text = "  ".join(f"{unit} {''.join(route[0] for route in layers)}" for unit, layers in units.items())
             self._say(f"routes of {task} (s shared, o own; by layer): {text}")

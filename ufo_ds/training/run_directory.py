@@ -6,6 +6,7 @@
     deepspeed.json     the resolved DeepSpeed configuration
     metrics.jsonl      one JSON object a line: losses and speed of logged steps, metrics of evaluations
     tensorboard/       the same for TensorBoard
+    routes.png         learned routes and how they came about
     checkpoints/       step-00001000/ ..., best.json
 """
 
@@ -71,6 +72,24 @@ class RunDirectory:
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def record_routes(
+        self, step: int, probabilities: dict[str, dict[str, list[float | None]]], temperature: float, changed_at: int
+    ) -> None:
+        """Append the probability of the own copy by task, unit and layer (None: not learned), the router's temperature
+        and the last step at which a more probable branch changed."""
+        assert self._metrics is not None
+        line = {"temperature": temperature, "changed_at": changed_at, "own": probabilities}
+        print(json.dumps({"step": step, "kind": "routes", **line}), file=self._metrics, flush=True)
+
+    def draw_routes(self) -> None:
+        """Draw what was recorded of routes, if any was."""
+        lines = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+        history = [line for line in lines if line["kind"] == "routes"]
+        if history:
+            from ufo_ds.training import route_chart  # matplotlib takes a second to import
+
+            route_chart.draw(history, self.path / "routes.png")
 
     def close(self) -> None:
         if self._board is not None:
