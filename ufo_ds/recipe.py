@@ -97,12 +97,21 @@ class Model:
     # Per unit a route for all layers, or one for each layer; a unit with experts is `own` unless said otherwise.
     routes: dict[Unit, Route | list[Route]] = dataclasses.field(default_factory=dict)
     router: Router = dataclasses.field(default_factory=Router)
+    # The step until which all tasks take the shared path. Own copies then start as copies of it (sparse upcycling).
+    branch_at: Positive | None = None
     # Share of every task's training samples, rounded up, that takes the shared copy of every unit whatever the routes,
     # so that the shared path stays one from which a new task can start.
     shared_samples: Share = 0.0
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the last layer, rising linearly from 0
     input: Size | None = None  # of the shared position embedding; default: the first task's input
     init: str | None = None  # a Hugging Face ViT checkpoint (directory or hub id) to start from
+
+    @model_validator(mode="after")
+    def _freezes_after_branching(self) -> "Model":
+        frozen = self.router.freeze_at
+        if self.branch_at and frozen and frozen <= self.branch_at:
+            raise ValueError(f"router.freeze_at {frozen} is not after branch_at {self.branch_at}: raise it")
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -87,7 +87,7 @@ class Supernet(nn.Module):
         self.recipe = recipe
         model, backbone = recipe.model, recipe.model.backbone
         self.tasks = {task.name: task for task in recipe.tasks}
-        self.routes = {name: routes_of(recipe, name) for name in self.tasks}
+        self.routes = self.routes_of_recipe()
         self.register_buffer("mean", torch.empty(3, 1, 1), persistent=False)  # of pixels in 0..255
         self.register_buffer("std", torch.empty(3, 1, 1), persistent=False)
 
@@ -132,6 +132,14 @@ class Supernet(nn.Module):
         return size[0] // patch, size[1] // patch
 
     # --- routes ---------------------------------------------------------------------------------------------------
+
+    def routes_of_recipe(self) -> dict[str, dict[str, tuple[str, ...]]]:
+        return {name: routes_of(self.recipe, name) for name in self.tasks}
+
+    def share_everything(self) -> None:
+        """Let all tasks take the shared path, as they do until they branch."""
+        shared = {unit: (SHARED,) * len(layers) for unit, layers in next(iter(self.routes.values())).items()}
+        self.set_routes(dict.fromkeys(self.tasks, shared))
 
     def _learned_places(self) -> dict[str, list[Place]]:
         return {

@@ -16,6 +16,7 @@ from ufo_ds.data.source import TrainSource
 from ufo_ds.errors import UserError
 from ufo_ds.evaluation import benchmarks
 from ufo_ds.parallel import checkpoint as parallel_checkpoint
+from ufo_ds.parallel.branching import branch
 from ufo_ds.parallel.engine import Engine
 from ufo_ds.recipe_file import dump
 from ufo_ds.training.run_directory import RunDirectory
@@ -59,12 +60,16 @@ class Trainer:
         steps = recipe.schedule.steps
         if self.directory is not None:
             self.directory.begin(start)
+        if start < (recipe.model.branch_at or 0):
+            self.engine.model.share_everything()
         dataset = HeterogeneousBatches(self.sources, self.engine.positions(), gas)
         pin = self.engine.device.type == "cuda"
         batches = loader(dataset, start * gas, steps * gas, recipe.data.workers, pin)
         progress = tqdm(total=steps, initial=start, desc="train", unit="step", disable=_bar_off(self.engine.rank))
         clock, counted = time.perf_counter(), start
         for step in range(start, steps):
+            if step == recipe.model.branch_at:
+                branch(self.engine)
             if self._routes_are_due(step):
                 self._report_routes(self.engine.freeze_routes(), step)
             rate = learning_rate(step, recipe.optimizer, recipe.schedule)
@@ -173,7 +178,8 @@ class Trainer:
         if not model.learns_routes:
             return False
         stable = router.freeze_when_stable
-        return step == router.freeze_at or (stable is not None and step - model.router.changed_at >= stable)
+        since = max(model.router.changed_at, self.recipe.model.branch_at or 0)
+        return step == router.freeze_at or (stable is not None and step - since >= stable)
 
     def _record_routes(self, done: int) -> None:
         if not self.engine.model.learns_routes:
