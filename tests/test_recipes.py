@@ -64,7 +64,7 @@ def test_ufo2_is_as_published():
         assert tasks[name].samples_per_step == 4 * tasks[name].identities_per_step
     optimizer, schedule = loaded.optimizer, loaded.schedule
     assert (optimizer.type, optimizer.lr, optimizer.momentum, optimizer.weight_decay) == ("sgd", 0.2, 0.0, 1e-4)
-    assert (optimizer.gradient_clipping, optimizer.bias_lr_scale) == (5, 2)
+    assert optimizer.gradient_clipping == 5
     assert (schedule.steps, schedule.warmup_steps, schedule.min_lr) == (60_000, 6_000, 0.004)
     assert all(task.num_classes for task in loaded.tasks)
 

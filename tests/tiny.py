@@ -35,7 +35,7 @@ tasks:
     benchmarks:
       - {{name: stripes, protocol: retrieval, query: {root}/stripes, gallery: {root}/stripes}}
       - {{name: stripe_pairs, protocol: verification, shards: {root}/pairs}}
-optimizer: {{type: adamw, lr: 0.001, gradient_clipping: 1.0}}
+optimizer: {{type: adamw, lr: 0.001, gradient_clipping: 1.0, average: 0.6}}
 schedule: {{steps: 12, warmup_steps: 2}}
 evaluation: {{every: 6, best: colours/colours/top1, batch_size: 16}}
 checkpoint: {{every: 4, keep: 2}}

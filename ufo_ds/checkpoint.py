@@ -1,9 +1,9 @@
 """Checkpoints on disk, free of any topology.
 
 A checkpoint is a directory ``step-00001000`` of one safetensors file per rank and ``index.json``. Each file holds flat
-fp32 slices under keys ``<parameter>|<kind>`` (kind: ``weight``, or an optimizer state such as ``exp_avg``); the index
-says which elements of which parameter they are, so that any number of ranks, and one task's extraction, read just the
-ranges they need. The directory is renamed into place last: what has its final name is whole.
+fp32 slices under keys ``<parameter>|<kind>`` (kind: ``weight``, its moving ``average``, or an optimizer state such as
+``exp_avg``); the index says which elements of which parameter they are, so that any number of ranks, and one task's
+extraction, read just the ranges they need. The directory is renamed into place last: what has its final name is whole.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ from ufo_ds.recipe_file import parse
 
 INDEX = "index.json"
 VERSION = 1
+AVERAGE = "average"  # the kind that holds moving averages, of parameters and of buffers
 
 
 @dataclass
@@ -96,12 +97,18 @@ class Reader:
         return out
 
     def parameter(self, name: str) -> Tensor:
-        """A whole parameter, fp32."""
-        shape = torch.Size(self.index.parameters[name].shape)
-        return self.read(name, "weight", 0, shape.numel()).view(shape)
+        """A whole parameter, fp32: its moving average if the checkpoint has one, as the model is meant to be used."""
+        found = self.index.parameters[name]
+        shape = torch.Size(found.shape)
+        return self.read(name, AVERAGE if AVERAGE in found.kinds else "weight", 0, shape.numel()).view(shape)
 
     def buffer(self, name: str) -> Tensor:
-        return self._slice(self.index.buffers[name], name, 0, 2**62)
+        """The same of a buffer."""
+        return self.stored_buffer(average_of(name) if average_of(name) in self.index.buffers else name)
+
+    def stored_buffer(self, key: str) -> Tensor:
+        """A buffer as training goes on with it; ``average_of(name)`` is the key of its average."""
+        return self._slice(self.index.buffers[key], key, 0, 2**62)
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Compare checksums of every ``parts``-th file.
@@ -113,6 +120,10 @@ class Reader:
             path = self.directory / entry["name"]
             if sha256(path) != entry["sha256"]:
                 raise UserError(f"{path} changed since it was written: delete {self.directory} to use the one before")
+
+
+def average_of(buffer: str) -> str:
+    return f"{buffer}|{AVERAGE}"
 
 
 def name_of(step: int) -> str:

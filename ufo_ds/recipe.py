@@ -199,7 +199,7 @@ class Task:
     num_classes: Positive | None = None  # default: counted in the shards
     identities_per_step: Positive | None = None  # PK sampling: P identities of samples_per_step / P images each
     weight: float = 1.0
-    lr_scale: Annotated[float, Field(ge=0)] = 1.0  # on the task's own parameters
+    lr_scale: Annotated[float, Field(ge=0)] = 1.0  # of the task's own copies and head
     routes: dict[Unit, Route | list[Route]] = dataclasses.field(default_factory=dict)  # over model.routes
     augment: Augment = dataclasses.field(default_factory=Augment)
     benchmarks: list[Benchmark] = dataclasses.field(default_factory=list)
@@ -238,14 +238,37 @@ class Data:
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
+class Rule:
+    """What holds for the parameters that match all selectors given: ``task`` (a name or several: own copies, head and
+    router logits), ``unit`` and ``bias``. Several rules may match: their ``lr_scale`` multiply, the last
+    ``weight_decay`` counts."""
+
+    task: list[str] | None = None
+    unit: Literal["embed", "norm", "attn", "ffn", "head", "neck", "router"] | None = None  # head: the classifier
+    bias: bool | None = None
+    lr_scale: Annotated[float, Field(ge=0)] = 1.0
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_task(cls, value: Any) -> Any:
+        fields = dict(value.kwargs or {}) if hasattr(value, "kwargs") else value
+        if isinstance(fields, dict) and isinstance(fields.get("task"), str):
+            return {**fields, "task": [fields["task"]]}
+        return value
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
 class Optimizer:
     type: Literal["adamw", "sgd"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05  # not on biases, norms and embeddings
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05  # of matrices; not of biases, norms, tokens, positions, router
     betas: tuple[float, float] = (0.9, 0.999)
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     gradient_clipping: Annotated[float, Field(ge=0)] = 0.0  # global norm; 0 is off
-    bias_lr_scale: Annotated[float, Field(gt=0)] = 1.0
+    rules: list[Rule] = dataclasses.field(default_factory=list)
+    # Decay of a moving average of all weights, e.g. 0.999: evaluation and extraction then use the average.
+    average: Annotated[float, Field(gt=0, lt=1)] | None = None
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
@@ -295,6 +318,10 @@ class Recipe:
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two tasks are named {name!r}")
+        for i, rule in enumerate(self.optimizer.rules):
+            for name in rule.task or []:
+                if name not in names:
+                    raise ValueError(f"optimizer.rules.{i}: no task {name!r}; there are {', '.join(names)}")
         patch = self.model.backbone.patch_size
         for task in self.tasks:
             if task.input[0] < patch or task.input[1] < patch:
@@ -324,4 +351,11 @@ def only(recipe: Recipe, names: list[str]) -> Recipe:
         if name not in [task.name for task in recipe.tasks]:
             raise UserError(f"no task {name!r} in {recipe.name}; it has {', '.join(t.name for t in recipe.tasks)}")
     model = dataclasses.replace(recipe.model, input=recipe.model.input or recipe.tasks[0].input)
-    return dataclasses.replace(recipe, model=model, tasks=[task for task in recipe.tasks if task.name in names])
+    rules = []
+    for rule in recipe.optimizer.rules:
+        kept = None if rule.task is None else [name for name in rule.task if name in names]
+        if kept != []:
+            rules.append(dataclasses.replace(rule, task=kept))
+    optimizer = dataclasses.replace(recipe.optimizer, rules=rules)
+    tasks = [task for task in recipe.tasks if task.name in names]
+    return dataclasses.replace(recipe, model=model, optimizer=optimizer, tasks=tasks)

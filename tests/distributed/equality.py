@@ -4,8 +4,8 @@
 
 The reference is the plain single-device model: batch norm and triplet over the global micro-batch, torch's own
 optimizer and clipping, absent gradients zero. For every case the result holds the largest relative difference
-(max |d| / max |reference|) of the losses, of the gradient of every parameter over all ranks, and of the weights after
-the last step.
+(max |d| / max |reference|) of the losses, of the gradient of every parameter over all ranks, of the weights and their
+averages after the last step, and of the logits that the averages give.
 """
 
 import json
@@ -20,12 +20,14 @@ from ufo_ds import recipe_file
 from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.model.supernet import Supernet, init_weights
 from ufo_ds.parallel import config as configs
+from ufo_ds.parallel.averages import averaged
 from ufo_ds.parallel.engine import Engine
 from ufo_ds.parallel.experts import EMPTY
 from ufo_ds.parallel.launch import init_distributed
 from ufo_ds.seeding import torch_generator
 
 STEPS = 3
+MEASURES = ("loss", "gradient", "weight", "average", "output", "norm")
 CLASSES = {"a": 5, "b": 7, "c": 3, "d": 4}
 
 
@@ -71,7 +73,8 @@ def make_recipe(case: dict) -> recipes.Recipe:
                 "lr": 1e-2 if case["optimizer"] == "sgd" else 1e-3,
                 "weight_decay": 0.01,
                 "gradient_clipping": case["clipping"],
-                "bias_lr_scale": 2.0,
+                "rules": [{"bias": True, "lr_scale": 2.0}],
+                "average": 0.15,
             },
             "schedule": {"steps": STEPS},
         },
@@ -112,7 +115,7 @@ def reference_groups(model: Supernet, recipe: recipes.Recipe) -> list[dict]:
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         owner = parts[1] if parts[0] == "heads" else parts[parts.index("own") + 1] if "own" in parts else None
-        scale = scales.get(owner, 1.0) * (recipe.optimizer.bias_lr_scale if parts[-1] == "bias" else 1.0)
+        scale = scales.get(owner, 1.0) * (2.0 if parts[-1] == "bias" else 1.0)
         decay = parts[-1] == "weight" and not any(p in parts for p in ("norm", "norm1", "norm2", "neck"))
         groups.append({
             "params": [parameter],
@@ -120,6 +123,14 @@ def reference_groups(model: Supernet, recipe: recipes.Recipe) -> list[dict]:
             "weight_decay": recipe.optimizer.weight_decay if decay else 0.0,
         })  # fmt: skip
     return groups
+
+
+def evaluated(recipe: recipes.Recipe, classes: dict[str, int], values: dict[str, torch.Tensor], batch: Batch) -> dict:
+    model = Supernet(recipe, classes)
+    model.fill_constants()
+    model.load_state_dict(values)
+    with torch.no_grad():
+        return model.eval()(batch)
 
 
 def compare(case: dict) -> dict:
@@ -144,7 +155,8 @@ def compare(case: dict) -> dict:
     optimizer = optimizer_class(reference_groups(reference, recipe), **options)
     weights = torch.tensor([task.weight for task in recipe.tasks])
     expected = dict(reference.named_parameters())
-    worst = {"loss": 0.0, "gradient": 0.0, "weight": 0.0, "norm": 0.0}
+    averages = {name: value.clone() for name, value in reference.state_dict().items()}
+    worst = dict.fromkeys(MEASURES, 0.0)
 
     def note(kind: str, found: torch.Tensor, wanted: torch.Tensor, where: str) -> None:
         scale = wanted.abs().max().item()
@@ -178,14 +190,35 @@ def compare(case: dict) -> dict:
             norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), case["clipping"])
             note("norm", torch.tensor(engine.gradient_norm), norm, f"step {step}")
         optimizer.step()
-    for name, parameter in engine.model.named_parameters():
-        found = safe_get_full_fp32_param(parameter)
-        if EMPTY not in name and not name.endswith("qkv.bias"):  # Adam makes noise of the key bias' zero gradient
-            note("weight", found, expected[name].detach(), name)
+        decay = min(0.15, (1 + step) / (10 + step))
+        for name, value in reference.state_dict().items():
+            averages[name] = decay * averages[name] + (1 - decay) * value
+
+    def note_weights(kind: str, wanted: dict[str, torch.Tensor]) -> None:
+        for name, parameter in engine.model.named_parameters():
+            found = safe_get_full_fp32_param(parameter)
+            if EMPTY not in name and not name.endswith("qkv.bias"):  # Adam makes noise of the key bias' zero gradient
+                note(kind, found, wanted[name], name)
+        for name, buffer in engine.model.named_buffers():
+            if name.startswith("heads.") and EMPTY not in name:
+                note(kind, buffer, wanted[name], name)
+
+    with averaged(engine):
+        note_weights("average", averages)
+        batch, owned = (
+            global_batch(recipe, STEPS, 0, engine.samples),
+            engine.placement.owned(engine.rank, engine.samples),
+        )
+        engine.deepspeed.eval()
+        outputs = engine.deepspeed(part_of(batch, owned))
+        for name, wanted in evaluated(recipe, classes, averages, batch).items():
+            if rows := owned.get(name):
+                note("output", outputs[name].logits, wanted.logits[rows.start : rows.stop], name)
+    note_weights("weight", reference.state_dict())
     engine.deepspeed.destroy()
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, worst)
-    result = {kind: max(other[kind] for other in everyone) for kind in ("loss", "gradient", "weight", "norm")}
+    result = {kind: max(other[kind] for other in everyone) for kind in MEASURES}
     result["at"] = max(everyone, key=lambda other: other["gradient"]).get("gradient_at")
     return {"case": case, **result}
 

@@ -47,7 +47,10 @@ def check(ranks: int, cases: list[dict], tmp_path: Path) -> None:
         assert result["gradient"] <= BOUND, line
         assert result["norm"] <= BOUND, line
         # Adam divides by the gradient's size: where that is rounding noise, so is the step.
-        assert result["weight"] <= (BOUND if result["case"]["optimizer"] == "sgd" else 100 * BOUND), line
+        bound = BOUND if result["case"]["optimizer"] == "sgd" else 100 * BOUND
+        assert result["weight"] <= bound, line
+        assert result["average"] <= bound, line
+        assert result["output"] <= bound, line
 
 
 def test_two_ranks(tmp_path):

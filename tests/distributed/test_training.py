@@ -1,6 +1,7 @@
 """Real runs over real shards: started by a launcher, killed, gone on with."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -10,10 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests import tiny
 from ufo_ds import checkpoint
+from ufo_ds.evaluate import evaluate
 
 REPOSITORY = Path(__file__).parents[2]
 LAUNCHER = {
@@ -107,6 +110,16 @@ def test_records_and_keeps(uninterrupted):
     assert checkpoint.name_of(best[0]) in found
 
 
+def test_the_averages_are_what_is_evaluated(uninterrupted):
+    """During training, and after it from the checkpoint: the same metrics, and not those of the last weights."""
+    reader = checkpoint.Reader(checkpoint.find(uninterrupted / "checkpoints")[-1])
+    assert {"weight", "average", "exp_avg", "exp_avg_sq"} == set(reader.index.parameters["norm.shared.weight"].kinds)
+    name = "heads.stripes.neck.running_mean"
+    assert not torch.equal(reader.buffer(name), reader.stored_buffer(name))
+    logged = [line for line in recorded(uninterrupted) if line["kind"] == "evaluation"][-1]
+    assert evaluate(reader, reader.recipe, "cpu").items() <= logged.items()
+
+
 @pytest.mark.parametrize("victims", ["one", "all"])
 def test_kill_and_go_on(victims, recipe, uninterrupted, tmp_path):
     """kill -9 in the middle of a step: over within seconds, the cause said; then the same numbers to the bit."""
@@ -186,5 +199,10 @@ def test_a_second_run_is_refused(recipe, uninterrupted):
 
 
 def weights(run: Path) -> dict[str, bytes]:
+    """All that the last checkpoint holds of numbers: weights, averages, optimizer state, running statistics."""
     reader = checkpoint.Reader(checkpoint.find(run / "checkpoints")[-1])
-    return {name: reader.parameter(name).numpy().tobytes() for name in reader.index.parameters}
+    found = {}
+    for name, parameter in reader.index.parameters.items():
+        count = math.prod(parameter.shape)
+        found |= {f"{name} {kind}": reader.read(name, kind, 0, count).numpy().tobytes() for kind in parameter.kinds}
+    return found | {key: reader.stored_buffer(key).numpy().tobytes() for key in reader.index.buffers}

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from ufo_ds.checkpoint import WRITE_ERRORS, Index, Parameter, Reader, entry_of, name_of, publish
+from ufo_ds.checkpoint import WRITE_ERRORS, Index, Parameter, Reader, average_of, entry_of, name_of, publish
 from ufo_ds.errors import UserError
+from ufo_ds.parallel.averages import head_buffers
 from ufo_ds.parallel.engine import Engine
 from ufo_ds.parallel.experts import EMPTY
 from ufo_ds.parallel.shards import make_state, optimizer_state, parameter_slices, refresh_low_precision
@@ -62,11 +63,8 @@ def _write(engine: Engine, directory: Path) -> dict[str, Any]:
             tensors |= {f"{piece.name}|{kind}": piece.of(t).cpu().clone() for kind, t in tensors_of.items()}
     buffers = {}
     if engine.placement.replica(engine.rank) == 0:
-        buffers = {
-            name: buffer.cpu().clone()
-            for name, buffer in engine.model.named_buffers()
-            if name.startswith("heads.") and EMPTY not in name
-        }
+        buffers = {name: buffer.cpu().clone() for name, buffer in head_buffers(engine).items()}
+        buffers |= {average_of(name): value.cpu().clone() for name, value in engine.buffer_averages.values.items()}
     path = directory / f"rank-{engine.rank:05d}.safetensors"
     save_file(tensors | buffers, path)
     return {"entry": entry_of(path), "parameters": parameters, "buffers": list(buffers)}
@@ -110,11 +108,11 @@ def load(engine: Engine, directory: Path) -> Index:
             target = piece.flat if kind == "weight" else make_state(engine, piece.flat, kind)
             if piece.length:
                 piece.of(target).copy_(reader.read(piece.name, kind, piece.start, stop))
-        for key, value in found.scalars.items():  # a tensor of its own for each: Adam counts in place
-            optimizer_state(engine, piece.flat)[key] = torch.tensor(value)
-    for name, buffer in engine.model.named_buffers():
-        if name in index.buffers:
-            buffer.copy_(reader.buffer(name))
+        optimizer_state(engine, piece.flat).update(found.scalars)
+    for name, buffer in head_buffers(engine).items():
+        buffer.copy_(reader.stored_buffer(name))
+    for name, value in engine.buffer_averages.values.items():
+        value.copy_(reader.stored_buffer(average_of(name)))
     engine.model.set_routes(index.routes)
     engine.model.router.remember(index.router)
     refresh_low_precision(engine)

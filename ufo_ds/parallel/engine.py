@@ -1,6 +1,5 @@
 """The supernet on several ranks: built, spread by DeepSpeed (expert parallelism + ZeRO), and stepped."""
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,14 +13,16 @@ from torch import Tensor
 from ufo_ds.data.mixing import Batch
 from ufo_ds.evaluation.benchmarks import Predictions, TaskImages, join, predict
 from ufo_ds.model.heads import LOSSES, TaskHead
+from ufo_ds.model.parameters import check_rules, update_rule
 from ufo_ds.model.supernet import Pretrained, Supernet, init_weights
+from ufo_ds.parallel.averages import BufferAverages, averaged
 from ufo_ds.parallel.batches import exchange_samples
 from ufo_ds.parallel.config import DistributedConfig
-from ufo_ds.parallel.experts import EMPTY, mark_experts, parallelize
+from ufo_ds.parallel.experts import mark_experts, parallelize
+from ufo_ds.parallel.optimizers import OPTIMIZERS
 from ufo_ds.parallel.placement import place
+from ufo_ds.parallel.shards import parameter_slices
 from ufo_ds.recipe import Recipe
-
-_OWNED = re.compile(rf"(?:\.own|^heads)\.(?P<slot>{EMPTY}\d+|[a-z][a-z0-9_]*)\.")
 
 
 class Engine:
@@ -48,11 +49,16 @@ class Engine:
         groups._create_expert_and_data_parallel(config.ep_size)
         with torch.device("meta"):
             model = Supernet(recipe, num_classes)
+        check_rules(recipe, [name for name, _ in model.named_parameters()])
         parallelize(model, self.placement, self.rank, self.samples, config.exchange)
         init_weights(model, pretrained=pretrained)
         mark_experts(model)
         self.model = model
+        self.optimizer = OPTIMIZERS[recipe.optimizer.type](self._parameter_groups(), recipe.optimizer)
         self.deepspeed = self._initialize()
+        slices = list(parameter_slices(self))
+        self.optimizer.prepare(slices, {piece.name: update_rule(piece.name, recipe) for piece in slices})
+        self.buffer_averages = BufferAverages(self)
         self.device = self.deepspeed.device
         names = list(self.samples)
         owned = self.placement.tasks_of[self.placement.ep_rank(self.rank)]
@@ -71,52 +77,25 @@ class Engine:
             size = torch.tensor(sum(p.numel() for p in self.model.parameters()), device=_device())
             dist.all_reduce(size, op=dist.ReduceOp.MAX)
             zero["reduce_bucket_size"] = int(size)
-        options: dict[str, Any] = {"lr": self.recipe.optimizer.lr}
-        if self.recipe.optimizer.type == "adamw":
-            optimizer_class: type = torch.optim.AdamW
-            options |= {"betas": self.recipe.optimizer.betas, "fused": False, "foreach": False}
-        else:
-            optimizer_class = torch.optim.SGD
-            options |= {"momentum": self.recipe.optimizer.momentum, "foreach": False}
         # Ranks hold heads of different kinds at the same place. As a leaf a head is gathered whole, and ZeRO-3 sees
         # its number of parameters, the same for all kinds, but not how they are spread inside.
         set_z3_leaf_modules(self.model, [TaskHead])
-        engine, *_ = deepspeed.initialize(
-            model=self.model, optimizer=optimizer_class(self._parameter_groups(), **options), config=config
-        )
+        engine, *_ = deepspeed.initialize(model=self.model, optimizer=self.optimizer, config=config)
         return engine
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups of equal learning rate and weight decay: for the shared parameters, and for each slot its units and
-        its head apart (heads of all kinds have a matrix and something else), so that their number and order are the
-        same on all ranks. ``lr_scale`` is the task's, times that of biases."""
-        optimizer, scales = self.recipe.optimizer, {task.name: task.lr_scale for task in self.recipe.tasks}
-        slots = [*self.placement.tasks_of[self.placement.ep_rank(self.rank)]]
-        slots += [f"{EMPTY}{i}" for i in range(len(slots), self.placement.slots)]
-        found: dict[tuple[str | None, str], list[tuple[str, torch.nn.Parameter]]] = {}
-        for name, parameter in self.model.named_parameters():
-            match = _OWNED.search(name)
-            kind = "matrix" if _decays(name) else "bias" if name.endswith(".bias") else "vector"
-            if name.startswith("heads."):
-                kind = "head matrix" if kind == "matrix" else "head rest"
-            found.setdefault((match["slot"] if match else None, kind), []).append((name, parameter))
-        result = []
-        for slot in [None, *slots]:
-            for kind in ("matrix", "vector", "bias", "head matrix", "head rest"):
-                if (slot, kind) not in found:
-                    continue
-                names, parameters = zip(*found[slot, kind], strict=True)
-                biases = all(name.endswith(".bias") for name in names)
-                scale = (scales.get(slot, 1.0) if slot else 1.0) * (optimizer.bias_lr_scale if biases else 1.0)
-                result.append({
-                    "params": list(parameters),
-                    "lr": optimizer.lr * scale,
-                    "lr_scale": scale,
-                    "weight_decay": optimizer.weight_decay if kind.endswith("matrix") else 0.0,
-                    "name": f"ep_size_{self.placement.ep_size}" if slot else f"shared_{kind}",
-                    "moe": slot is not None,
-                })  # fmt: skip
-        return result
+        """What DeepSpeed tells apart: shared parameters and experts. What a parameter's update looks like is the
+        optimizer's matter (:func:`ufo_ds.model.parameters.update_rule`)."""
+        named = list(self.model.named_parameters())
+        own = {name for name, _ in named if ".own." in name or name.startswith("heads.")}
+        return [
+            {"params": [p for name, p in named if name not in own], "name": "shared", "moe": False},
+            {
+                "params": [p for name, p in named if name in own],
+                "name": f"ep_size_{self.placement.ep_size}",
+                "moe": True,
+            },
+        ]
 
     def _assert_alike(self) -> None:
         """Ranks that differ in the number of modules, parameter groups or sub-groups would hang in a collective."""
@@ -173,9 +152,11 @@ class Engine:
     def update(self, learning_rate: float) -> None:
         """To be called after every micro-batch; the optimizer steps after the last one of a step."""
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rate * group["lr_scale"]
+            group["lr"] = learning_rate
         last = self.deepspeed.is_gradient_accumulation_boundary()
         self.deepspeed.step()
+        if last:
+            self.buffer_averages.update()
         if last and self.config.stage == 3:
             # A parameter without a gradient in the next step (of a unit that no route uses) would have this one
             # applied again: ZeRO-3 only ever overwrites the buffer.
@@ -199,21 +180,22 @@ class Engine:
     # --- evaluation -----------------------------------------------------------------------------------------------
 
     def predict(self, images: Mapping[str, TaskImages], batch_size: int, workers: int) -> Predictions:
-        """Embeddings and logits of all evaluation images, complete on rank 0. Each rank runs its own tasks' images;
-        all make the same number of forward passes."""
+        """Embeddings and logits of all evaluation images, complete on rank 0, by the averaged weights if there are any.
+        Each rank runs its own tasks' images; all make the same number of forward passes."""
         sizes = {name: len(of_task) for name, of_task in images.items()}
         ranges = self.placement.owned(self.rank, {name: sizes.get(name, 0) for name in self.samples})
         per_rank = max((-(-size // self.placement.replicas) for size in sizes.values()), default=0)
         self.deepspeed.eval()
-        mine = predict(
-            lambda batch: self.deepspeed(batch.to(self.device)),
-            images,
-            {name: positions for name, positions in ranges.items() if name in images},
-            -(-per_rank // batch_size),
-            batch_size,
-            workers,
-            quiet=self.rank != 0,
-        )
+        with averaged(self):
+            mine = predict(
+                lambda batch: self.deepspeed(batch.to(self.device)),
+                images,
+                {name: positions for name, positions in ranges.items() if name in images},
+                -(-per_rank // batch_size),
+                batch_size,
+                workers,
+                quiet=self.rank != 0,
+            )
         self.deepspeed.train()
         everyone: list[Any] = [None] * self.world_size if self.rank == 0 else []
         dist.gather_object(mine, everyone if self.rank == 0 else None)
@@ -258,14 +240,6 @@ class Engine:
         decided = self.model.decided_routes(own)
         self.model.set_routes(decided)
         return decided
-
-
-def _decays(name: str) -> bool:
-    """Whether weight decay applies: to matrices, not to norms, necks, embeddings' tokens or the router."""
-    parts = name.split(".")
-    return (
-        parts[-1] == "weight" and not any(part.startswith(("norm", "neck")) for part in parts) and parts[0] != "router"
-    )
 
 
 def _device() -> torch.device:

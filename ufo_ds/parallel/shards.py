@@ -5,13 +5,14 @@ Private names of DeepSpeed 0.19.8 (``runtime/zero/stage3.py``, ``stage_1_and_2.p
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import deepspeed.comm as dist
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ufo_ds.parallel.engine import Engine
+if TYPE_CHECKING:
+    from ufo_ds.parallel.engine import Engine
 
 
 @dataclass
@@ -19,7 +20,7 @@ class Slice:
     """Elements ``start .. start + length`` of the flattened parameter ``name``; ``length`` may be 0.
 
     They lie at ``offset`` in ``flat``, the fp32 partition that the optimizer steps, and in every tensor of its state
-    that has the same size.
+    that has the same size. The ranks of ``group`` hold the rest of the parameter.
     """
 
     name: str
@@ -28,12 +29,13 @@ class Slice:
     offset: int
     start: int
     length: int
+    group: dist.ProcessGroup
 
     def of(self, tensor: Tensor) -> Tensor:
         return tensor.detach().narrow(0, self.offset, self.length)
 
 
-def parameter_slices(engine: Engine) -> Iterator[Slice]:
+def parameter_slices(engine: "Engine") -> Iterator[Slice]:
     """This rank's slice of every parameter, empty slots included."""
     optimizer = engine.deepspeed.optimizer
     parameter: Any  # with DeepSpeed's attributes
@@ -43,25 +45,26 @@ def parameter_slices(engine: Engine) -> Iterator[Slice]:
             start = dist.get_rank(parameter.ds_process_group) * length
             real = max(0, min(length, parameter.ds_numel - start))  # padding sits behind the end
             flat = optimizer.fp32_partitioned_groups_flat[group]
-            yield Slice(name, tuple(parameter.ds_shape), flat, offset, start, real)
+            yield Slice(name, tuple(parameter.ds_shape), flat, offset, start, real, parameter.ds_process_group)
         return
     group_of = {id(p): i for i, params in enumerate(optimizer.bit16_groups) for p in params}
     for name, parameter in engine.model.named_parameters():
         flat = optimizer.single_partition_of_fp32_groups[group_of[id(parameter)]]
+        ranks = optimizer.real_dp_process_group[group_of[id(parameter)]]
         mapping = parameter._hp_mapping
         if mapping is None:  # nothing of it on this rank
-            yield Slice(name, tuple(parameter.shape), flat, 0, 0, 0)
+            yield Slice(name, tuple(parameter.shape), flat, 0, 0, 0, ranks)
         else:
             high, low = mapping.hp_fragment_address, mapping.lp_fragment_address
-            yield Slice(name, tuple(parameter.shape), flat, high.start, low.start, high.numel)
+            yield Slice(name, tuple(parameter.shape), flat, high.start, low.start, high.numel, ranks)
 
 
-def optimizer_state(engine: Engine, flat: Tensor) -> dict[str, Tensor]:
-    """The optimizer's state of a partition; entries appear with the first step."""
-    return engine.deepspeed.optimizer.optimizer.state[flat]
+def optimizer_state(engine: "Engine", flat: Tensor) -> dict[str, Any]:
+    """The optimizer's state of a partition: tensors as large as that, and numbers."""
+    return engine.optimizer.state[flat]
 
 
-def refresh_low_precision(engine: Engine) -> None:
+def refresh_low_precision(engine: "Engine") -> None:
     """Make the parameters that the forward pass sees follow the fp32 partitions, after those were overwritten."""
     optimizer = engine.deepspeed.optimizer
     if engine.config.stage == 3:
@@ -74,7 +77,7 @@ def refresh_low_precision(engine: Engine) -> None:
         optimizer.update_lp_params()
 
 
-def make_state(engine: Engine, flat: Tensor, key: str) -> Tensor:
+def make_state(engine: "Engine", flat: Tensor, key: str) -> Tensor:
     """A zero state tensor as large as the partition, where there is none yet."""
     state = optimizer_state(engine, flat)
     if state.get(key) is None:

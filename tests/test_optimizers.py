@@ -1,0 +1,132 @@
+"""Optimizers on flat partitions equal whole-parameter ones; rules reach the parameters they name."""
+
+import pytest
+import torch
+
+from ufo_ds.model.parameters import Address, UpdateRule, address_of
+from ufo_ds.parallel.optimizers import OPTIMIZERS, average_decay
+from ufo_ds.parallel.shards import Slice
+from ufo_ds.recipe import Optimizer
+
+SIZES = [7, 1, 64, 0, 33, 128, 5]
+RULES = [UpdateRule(1.0, 0.1, True), UpdateRule(0.5, 0.0, False), UpdateRule(2.0, 0.1, False)]
+LR = 1e-2
+
+
+def lay_out(count, seed=0, gap=3):
+    """Slices of parameters in random order in ``count`` partitions, with gaps that hold NaN: touched, they spread."""
+    generator = torch.Generator().manual_seed(seed)
+    flats = [torch.full((sum(SIZES) + gap * len(SIZES),), float("nan")) for _ in range(count)]
+    slices = []
+    for number, flat in enumerate(flats):
+        offset = 0
+        for i in torch.randperm(len(SIZES), generator=generator).tolist():
+            piece = Slice(f"p{number}.{i}", (SIZES[i],), flat, offset, 0, SIZES[i], None)
+            piece.of(flat).copy_(torch.randn(SIZES[i], generator=generator))
+            slices.append(piece)
+            offset += SIZES[i] + gap
+    return flats, slices
+
+
+def make(slices, flats, **options):
+    optimizer = OPTIMIZERS[options["type"]]([{"params": flats}], Optimizer(lr=LR, **options))
+    rules = {piece.name: RULES[i % len(RULES)] for i, piece in enumerate(slices)}
+    optimizer.prepare(slices, rules)
+    return optimizer, rules
+
+
+def give_gradients(slices, flats, step):
+    """A gradient of each piece, as large as real ones and zero at times; the reference's copy of it."""
+    generator = torch.Generator().manual_seed(100 + step)
+    for flat in flats:
+        flat.grad = torch.full_like(flat, float("nan"))
+    gradients = {}
+    for piece in slices:
+        gradients[piece.name] = torch.randn(piece.length, generator=generator) * (0.0 if step == 3 else 0.1)
+        piece.of(piece.flat.grad).copy_(gradients[piece.name])
+    return gradients
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_slices_are_stepped_as_torch_steps_parameters(kind, momentum):
+    flats, slices = lay_out(2)
+    wanted = {piece.name: torch.nn.Parameter(piece.of(piece.flat).clone()) for piece in slices}
+    optimizer, rules = make(slices, flats, type=kind, momentum=momentum, betas=(0.8, 0.97))
+    groups = [
+        {"params": [p], "lr": LR * rules[name].lr_scale, "weight_decay": rules[name].weight_decay, "name": name}
+        for name, p in wanted.items()
+    ]
+    if kind == "sgd":
+        reference = torch.optim.SGD(groups, momentum=momentum)
+    else:
+        reference = torch.optim.AdamW(groups, betas=(0.8, 0.97))
+    for step in range(10):
+        for name, gradient in give_gradients(slices, flats, step).items():
+            wanted[name].grad = gradient
+        rate = LR * (1 + step % 3)  # of the schedule
+        optimizer.param_groups[0]["lr"] = rate
+        for group in reference.param_groups:
+            group["lr"] = rate * rules[group["name"]].lr_scale
+        optimizer.step()
+        reference.step()
+    for piece in slices:
+        torch.testing.assert_close(piece.of(piece.flat), wanted[piece.name].detach(), rtol=1e-7, atol=1e-7)
+    assert optimizer.steps == 10
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_slices_left_out_stay_to_the_bit(kind):
+    flats, slices = lay_out(2)
+    optimizer, _ = make(slices, flats, type=kind, average=0.9)
+    for step in range(2):
+        give_gradients(slices, flats, step)
+        optimizer.step()
+    unused = {piece.name for piece in slices[::3]}
+    optimizer.leave_out(unused)
+
+    def tensors_of(piece):
+        state = [value for value in optimizer.state[piece.flat].values() if torch.is_tensor(value)]
+        assert len(state) == (2 if kind == "sgd" else 3)
+        return [piece.of(tensor).clone() for tensor in [piece.flat, *state]]
+
+    before = {piece.name: tensors_of(piece) for piece in slices}
+    give_gradients(slices, flats, 2)
+    optimizer.step()
+    for piece in slices:
+        for old, new in zip(before[piece.name], tensors_of(piece), strict=True):
+            assert torch.equal(old, new) == (piece.name in unused or not piece.length)
+
+
+def test_averages_follow_their_definition():
+    flats, slices = lay_out(1)
+    optimizer, _ = make(slices, flats, type="sgd", average=0.3)
+    expected = {piece.name: piece.of(piece.flat).clone() for piece in slices}
+    for step in range(6):
+        give_gradients(slices, flats, step)
+        optimizer.step()
+        decay = [1 / 10, 2 / 11, 3 / 12, 0.3, 0.3, 0.3][step]
+        for piece in slices:
+            expected[piece.name] = decay * expected[piece.name] + (1 - decay) * piece.of(piece.flat)
+    for piece in slices:
+        found = piece.of(optimizer.state[piece.flat]["average"])
+        torch.testing.assert_close(found, expected[piece.name], rtol=1e-6, atol=1e-7)
+    assert average_decay(0.99, 10**9) == 0.99
+
+
+@pytest.mark.parametrize(
+    ("name", "address"),
+    [
+        ("embed.shared.patch.bias", Address("embed", -1, None, True)),
+        ("embed.own.face.cls", Address("embed", -1, "face", False)),
+        ("blocks.7.norm2.own.face.weight", Address("norm", 7, "face", False)),
+        ("blocks.0.ffn.shared.fc1.bias", Address("ffn", 0, None, True)),
+        ("blocks.11.attn.own.face.qkv.weight", Address("attn", 11, "face", False)),
+        ("norm.shared.bias", Address("norm", -1, None, True)),
+        ("heads.face.neck.weight", Address("neck", 0, "face", False)),
+        ("heads.face.classifier.bias", Address("head", 0, "face", True)),
+        ("router.logits.face", Address("router", 0, "face", False)),
+    ],
+)
+def test_names_say_where_a_parameter_lives(name, address):
+    assert address_of(name) == address
