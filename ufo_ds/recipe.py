@@ -163,8 +163,37 @@ class TrainSet:
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
+class Affine:
+    """A random affine map of the whole image onto the input, each part uniform; see ``ufo_ds.data.augmentation``."""
+
+    rotation: Annotated[float, Field(ge=0, le=180)] = 0.0  # degrees to either side
+    scale: tuple[Annotated[float, Field(ge=0.1)], Annotated[float, Field(le=10)]] = (1.0, 1.0)  # smallest, largest
+    shear: Annotated[float, Field(ge=0, le=60)] = 0.0  # degrees to either side, horizontally
+    translation: Share = 0.0  # of width and height, to either side
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Affine":
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale {list(self.scale)}: give the smaller one first")
+        return self
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
+class Jitter:
+    """Factors drawn from 1 +- the value; see ``ufo_ds.data.augmentation``."""
+
+    brightness: Share = 0.0
+    contrast: Share = 0.0
+    saturation: Share = 0.0
+    grayscale: Share = 0.0  # probability of no colour at all
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
 class Augment:
-    pad: Annotated[int, Field(ge=0)] = 0  # pixels on every side, then a random crop back to the input size
+    resize: Size | None = None  # of the image before all that is random, not below the input; default: the input
+    affine: Affine | None = None
+    jitter: Jitter | None = None
+    pad: Annotated[int, Field(ge=0)] = 0  # black pixels on every side, then a random crop to the input size
     flip: bool = False
     erasing: Share = 0.0  # probability of Random Erasing (Zhong et al., 2020)
 
@@ -196,12 +225,14 @@ class Task:
     input: Size
     samples_per_step: Positive
     train: list[TrainSet] = dataclasses.field(default_factory=list)
-    num_classes: Positive | None = None  # default: counted in the shards
+    num_classes: Positive | None = None  # of the images, before quarter_turns; default: counted in the shards
     identities_per_step: Positive | None = None  # PK sampling: P identities of samples_per_step / P images each
     weight: float = 1.0
     lr_scale: Annotated[float, Field(ge=0)] = 1.0  # of the task's own copies and head
     routes: dict[Unit, Route | list[Route]] = dataclasses.field(default_factory=dict)  # over model.routes
     augment: Augment = dataclasses.field(default_factory=Augment)
+    # In training the quarter turns of an image are four classes, 4 x num_classes in all (Santoro et al., 2016).
+    quarter_turns: bool = False
     benchmarks: list[Benchmark] = dataclasses.field(default_factory=list)
 
     @model_validator(mode="after")
@@ -228,6 +259,17 @@ class Task:
             raise ValueError(f"{self.name}: a linear head goes with cross_entropy, a margin head with cosface")
         return self
 
+    @model_validator(mode="after")
+    def _images_fit(self) -> "Task":
+        size = self.augment.resize or self.input
+        if size[0] < self.input[0] or size[1] < self.input[1]:
+            raise ValueError(f"{self.name}: augment.resize {size} is smaller than the input {self.input}")
+        if self.quarter_turns and self.head.type != "margin":
+            raise ValueError(f"{self.name}: quarter_turns need a margin head: a linear one is tested on its classes")
+        if self.quarter_turns and (size[0] != size[1] or self.input[0] != self.input[1]):
+            raise ValueError(f"{self.name}: quarter_turns need a square input and resize, not {self.input} and {size}")
+        return self
+
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
 class Data:
@@ -235,6 +277,8 @@ class Data:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     workers: Annotated[int, Field(ge=0)] = 1  # loader processes per rank
     max_corrupt: Share = 0.001  # share of a task's images that may be unreadable before training stops
+    # Keep every training image once decoded and resized: height x width x 3 bytes each, in each loader process.
+    cache: bool = False
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)

@@ -192,13 +192,11 @@ def write(
         UserError: ``out`` exists or cannot be written, an image cannot be read, or too many are corrupt.
     """
     out = Path(out)
-    if os.path.lexists(out):
-        raise UserError(f"{out} exists: remove it or choose another directory")
     if shard_size < 1:
         raise UserError(f"shard_size {shard_size}: give 1 or more samples per shard")
     if not 0 <= max_corrupt <= 1:
         raise UserError(f"max_corrupt {max_corrupt}: give a share of the images, from 0 to 1")
-    with _complete_or_nothing(out) as directory:
+    with complete_or_nothing(out) as directory:
         readable = _readable(layout.samples, max_corrupt, workers)
         kept, shards = _write_shards(layout.samples, readable, directory, shard_size)
         _write_index(layout, kept, shards, directory, source, licence)
@@ -206,8 +204,14 @@ def write(
 
 
 @contextlib.contextmanager
-def _complete_or_nothing(out: Path) -> Iterator[Path]:
-    """A temporary sibling of ``out`` that takes its place at the end, or goes, with the parents made for it."""
+def complete_or_nothing(out: Path) -> Iterator[Path]:
+    """A temporary sibling of ``out`` that takes its place at the end, or goes, with the parents made for it.
+
+    Raises:
+        UserError: ``out`` exists or cannot be written.
+    """
+    if os.path.lexists(out):
+        raise UserError(f"{out} exists: remove it or choose another directory")
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     made = [parent for parent in out.parents if not parent.exists()]
     try:

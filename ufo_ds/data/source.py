@@ -4,44 +4,54 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ufo_ds.data.augmentation import augmented
 from ufo_ds.data.sampling import EpochOrder, PKOrder
 from ufo_ds.data.shards import ShardSet
-from ufo_ds.data.transforms import CorruptImage, evaluation_transform, training_transform
+from ufo_ds.data.transforms import CorruptImage, channels_first, evaluation_transform, resized_pixels
 from ufo_ds.errors import UserError
 from ufo_ds.recipe import Task
 from ufo_ds.seeding import numpy_generator
 
 
 class TrainSource:
-    """Samples of a task by draw index.
+    """Samples of a task by draw index. With ``quarter_turns`` each image is four samples, turned 0 to 3 times
+    counter-clockwise, and each class four, those of one turn after another.
+
+    Args:
+        cache: keep every image, once decoded and resized, in this process.
 
     Attributes:
         task: of the recipe.
         classes: label names. A linear head joins the classes of its sets by name; for a margin head the identities of
-            each set stay apart, so a name may come twice.
+            each set stay apart, so a name may come twice. Those of turned images end in "turned 90" and so on.
         num_classes: outputs of the head, at least ``len(classes)``.
-        labels: int64 [N], over all sets.
+        labels: int64 [N], of the images as they are, over all sets.
         licences: of the sets, each once.
     """
 
-    def __init__(self, task: Task, seed: int, sets: list[ShardSet]):
+    def __init__(self, task: Task, seed: int, sets: list[ShardSet], cache: bool = False):
         self.task, self.seed = task, seed
-        self.classes, labels = _join_labels(task, sets)
-        self.num_classes = task.num_classes or len(self.classes)
-        _check_range(task, self.num_classes, self.classes, sets, labels)
+        names, labels = _join_labels(task, sets)
+        _check_range(task, task.num_classes or len(names), names, sets, labels)
+        turns = 4 if task.quarter_turns else 1
+        self._classes_per_turn = len(names)
+        self.num_classes = turns * (task.num_classes or len(names))
+        self.classes = names + [f"{name} turned {90 * turn}" for turn in range(1, turns) for name in names]
         self.labels = np.concatenate(labels)
         self.licences = list(dict.fromkeys(shards.licence for shards in sets))
         self._sets = sets
         self._starts = np.cumsum([0] + [len(shards) for shards in sets])
         self._by_label = np.argsort(self.labels, kind="stable")
-        self._order: EpochOrder | PKOrder
+        self._cache: dict[int, np.ndarray] | None = {} if cache else None
+        self._order: EpochOrder | PKOrder  # over turn x image, the images of one turn after another
         if task.identities_per_step:
-            self._order = PKOrder(self.labels, task.samples_per_step, task.identities_per_step, seed, task.name)
+            turned = np.concatenate([self.labels + turn * len(names) for turn in range(turns)])
+            self._order = PKOrder(turned, task.samples_per_step, task.identities_per_step, seed, task.name)
         else:
-            self._order = EpochOrder(len(self.labels), seed, task.name)
+            self._order = EpochOrder(turns * len(self.labels), seed, task.name)
 
     @classmethod
-    def open(cls, task: Task, seed: int) -> "TrainSource":
+    def open(cls, task: Task, seed: int, cache: bool = False) -> "TrainSource":
         """Open the shards of ``task.train``.
 
         Raises:
@@ -49,47 +59,60 @@ class TrainSource:
         """
         if not task.train:
             raise UserError(f"task {task.name} has no train set: list shards under tasks.{task.name}.train")
-        return cls(task, seed, [ShardSet.open(entry.shards) for entry in task.train])
+        return cls(task, seed, [ShardSet.open(entry.shards) for entry in task.train], cache)
 
     def __len__(self) -> int:
+        """Number of images."""
         return len(self.labels)
 
     def index(self, draw: int) -> int:
-        """The sample of a draw; draws count from the start of training, over all ranks."""
+        """The sample of a draw, ``turns * len(self) + image``; draws count from the start, over all ranks."""
         return self._order.index(draw)
 
     def load(self, draw: int) -> tuple[np.ndarray, int, list[int]]:
-        """Read and augment the sample of a draw.
+        """Read, turn and augment the image of a draw.
 
         An unreadable image is replaced by the next readable one of its label, or of any label if it has none.
 
         Returns:
-            uint8 [3, H, W], its label, and the indices of the samples that could not be read.
+            uint8 [3, H, W], its label, and the indices of the images that could not be read.
 
         Raises:
             UserError: no image of the task can be read.
         """
         generator = numpy_generator(self.seed, "augment", self.task.name, draw)
         skipped: list[int] = []
-        for index in self._candidates(self.index(draw)):
+        turn, image = divmod(self.index(draw), len(self))
+        for index in self._candidates(image):
             try:
-                pixels = training_transform(self._read(index), self.task.input, self.task.augment, generator)
+                pixels_HWC = self._resized(index)
             except CorruptImage:
                 skipped.append(index)
-            else:
-                return pixels, int(self.labels[index]), skipped
+                continue
+            pixels_HWC = augmented(np.rot90(pixels_HWC, turn), self.task.input, self.task.augment, generator)
+            label = int(self.labels[index]) + turn * self._classes_per_turn
+            return channels_first(pixels_HWC), label, skipped
         raise UserError(f"task {self.task.name}: none of its {len(self)} images can be read: make its shards again")
 
     def pixels(self, index: int) -> np.ndarray:
         """A sample as evaluation sees it, uint8 [3, H, W]."""
         return evaluation_transform(self._read(index), self.task.input)
 
+    def _resized(self, index: int) -> np.ndarray:
+        """A training image before all that is random, uint8 [H, W, 3], read-only."""
+        if self._cache is not None and index in self._cache:
+            return self._cache[index]
+        pixels_HWC = resized_pixels(self._read(index), self.task.augment.resize or self.task.input)
+        if self._cache is not None:
+            self._cache[index] = pixels_HWC
+        return pixels_HWC
+
     def _read(self, index: int) -> bytes:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._sets[number].read(index - int(self._starts[number]))
 
     def _candidates(self, index: int) -> Iterator[int]:
-        """The sample, then the others of its label, then all of other labels, each time cyclically from it on."""
+        """The image, then the others of its label, then all of other labels, each time cyclically from it on."""
         yield index
         label = self.labels[index]
         start, stop = np.searchsorted(self.labels, [label, label + 1], sorter=self._by_label)
