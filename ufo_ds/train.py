@@ -33,6 +33,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[tu
         prog="train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--recipe", default="demo", help="a shipped recipe or a YAML file (default: demo)")
+    parser.add_argument("--task", action="append", help="only this task of the recipe (may be given several times)")
     parser.add_argument("--run_dir", type=Path, help="where the run lives (default: runs/NAME of the recipe)")
     parser.add_argument("--deepspeed", nargs="?", const="", metavar="JSON", help="how it is spread")
     parser.add_argument("--deepspeed_config", metavar="JSON", help="the same, in DeepSpeed's own form")
@@ -62,6 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     world_size = adopt_environment()
     options, overrides = parse_arguments(argv)
     recipe = recipe_file.load(options.recipe, overrides)
+    if options.task:
+        recipe = recipes.only(recipe, options.task)
     run_dir = options.run_dir or Path("runs") / recipe.name
     config = configs.resolve(configs.load(options.deepspeed), options.deepspeed, recipe, world_size)
 

@@ -39,7 +39,7 @@ class DistributedConfig:
     exchange: str
     accumulation: int
     stage: int
-    bf16: bool
+    precision: str  # in words
 
 
 def load(path: str) -> dict[str, Any]:
@@ -121,7 +121,11 @@ def resolve(values: dict[str, Any], source: str, recipe: Recipe, world_size: int
         if key in zero or stage == 3:
             zero[key] = take(zero, key, value)
     zero["stage"] = stage
-    bf16 = bool(take(values.get("bf16", {}), "enabled", torch.cuda.is_available()))
+    autocast = bool(take(values.get("torch_autocast", {}), "enabled", False))
+    bf16 = bool(take(values.get("bf16", {}), "enabled", torch.cuda.is_available() and not autocast))
+    if autocast and bf16:
+        raise UserError(f"{source}: both bf16 and torch_autocast are enabled: choose one")
+    precision = "bf16" if bf16 else "fp32 with autocast to bf16" if autocast else "fp32"
     values |= {
         # DeepSpeed wants equal batches on all ranks; ours differ, so it is told about one item per rank. The losses
         # carry their own normalisation.
@@ -135,7 +139,7 @@ def resolve(values: dict[str, Any], source: str, recipe: Recipe, world_size: int
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": values.get("steps_per_print", 10**9),
     }
-    return DistributedConfig(values, ep_size, exchange, accumulation, stage, bf16)
+    return DistributedConfig(values, ep_size, exchange, accumulation, stage, precision)
 
 
 def _positive(value: Any, name: str, source: str) -> int:

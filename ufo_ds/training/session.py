@@ -97,7 +97,7 @@ def _announce(engine: Engine, run_dir: Path, start: int) -> None:
     print(f"{engine.recipe.name}: {where} in {run_dir}, {engine.recipe.schedule.steps} steps, device {engine.device}")
     print(
         f"{engine.world_size} ranks, expert parallel {placement.ep_size} x data parallel {placement.replicas}, "
-        f"ZeRO-{config.stage}, {'bf16' if config.bf16 else 'fp32'}, exchange {config.exchange}, "
+        f"ZeRO-{config.stage}, {config.precision}, exchange {config.exchange}, "
         f"{len(model.recipe.tasks)} tasks"
     )
     for e, tasks in enumerate(placement.tasks_of):
