@@ -111,5 +111,6 @@ def unpatchify(x_NP: Tensor, segment: Segment, patch_size: int) -> Tensor:
     """The images ``[B, C, h * patch_size, w * patch_size]`` that :func:`patchify` cut."""
     h, w = segment.grid_hw
     x_BLP = x_NP.unflatten(0, (segment.images, segment.tokens))[:, segment.prefix :]
-    x = x_BLP.reshape(segment.images, h, w, -1, patch_size, patch_size).permute(0, 3, 1, 4, 2, 5)
-    return x.reshape(segment.images, -1, h * patch_size, w * patch_size)
+    channels = x_BLP.shape[2] // patch_size**2
+    x = x_BLP.reshape(segment.images, h, w, channels, patch_size, patch_size).permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(segment.images, channels, h * patch_size, w * patch_size)
