@@ -77,3 +77,19 @@ def test_a_vit_of_another_size_is_refused(tmp_path, changes, message):
 def test_what_is_no_vit_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"^model.init [^\n]* is no ViT checkpoint: [^\n]*$"):
         pretrained_values(make_recipe(init=str(tmp_path)))
+
+
+@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="the ViT's values do not fit, and nothing says so before")
+@pytest.mark.parametrize("changes", [{"stem": [8]}, {"pool": "mean"}])
+def test_a_model_with_a_stem_or_without_a_class_token_does_not_start_from_a_vit(tmp_path, changes):
+    save_vit(tmp_path)
+    backbone = {"dim": 16, "depth": 2, "heads": 2, "patch_size": 8, **changes}
+
+    def start():
+        recipe = make_recipe(init=str(tmp_path), backbone=backbone)
+        with torch.device("meta"):
+            model = Supernet(recipe, {})
+        init_weights(model, pretrained=pretrained_values(recipe))
+
+    with pytest.raises(UserError, match=r"^[^\n]*model.init [^\n]*$"):
+        start()

@@ -4,13 +4,20 @@ import pytest
 import yaml
 
 from ufo_ds import recipe_file
+from ufo_ds.data.open_small import ORIGINS
 from ufo_ds.errors import UserError
 
+OPEN_SMALL = "data_shards/open_small/val"
 SHIPPED = sorted(path.stem for path in recipe_file.RECIPES.glob("*.yaml"))
 
 
+@pytest.fixture(autouse=True)
+def place_of_open_small(monkeypatch):
+    monkeypatch.setenv("OPEN_SMALL", OPEN_SMALL)
+
+
 def test_the_recipes_that_are_promised_are_shipped():
-    assert {"demo", "allinone_vit_l", "ufo2_17b"} <= set(SHIPPED)
+    assert {"demo", "open_small", "allinone_vit_l", "ufo2_17b"} <= set(SHIPPED)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -87,6 +94,29 @@ def test_ufo2_has_17_billion_parameters():
     assert smaller / 1e9 == pytest.approx(11.57, abs=0.005)
     overrides = [("model.experts", "[embed, ffn]")]
     assert recipe_file.load("ufo2_17b", overrides).model.experts == ["embed", "ffn"]
+
+
+def test_one_variable_moves_open_small_from_validation_to_test(monkeypatch):
+    """All its shards, and only they, and they are those that `ufo shards open_small` makes."""
+
+    def directories():
+        tasks = recipe_file.load("open_small").tasks
+        return [entry.shards for task in tasks for entry in task.train] + [
+            directory
+            for task in tasks
+            for benchmark in task.benchmarks
+            for directory in (benchmark.shards, benchmark.query, benchmark.gallery)
+            if directory is not None
+        ]
+
+    val = directories()
+    monkeypatch.setenv("OPEN_SMALL", "elsewhere/test")
+    assert [f"elsewhere/test{directory.removeprefix(OPEN_SMALL)}" for directory in val] == directories()
+    assert all(directory.startswith(f"{OPEN_SMALL}/") for directory in val)
+    assert {directory.split("/")[-2] for directory in val} == set(ORIGINS)
+    monkeypatch.delenv("OPEN_SMALL")
+    with pytest.raises(UserError, match="needs the environment variable OPEN_SMALL: set it to a directory"):
+        recipe_file.load("open_small")
 
 
 def test_recipes_load_from_a_file_and_fill_in_defaults(tmp_path):

@@ -2,6 +2,7 @@
 the path that is left is written and read as a SubnetSpec."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -13,12 +14,12 @@ from ufo_ds.model.router import Router
 from ufo_ds.model.spec import SubnetSpec
 from ufo_ds.model.supernet import Supernet, init_weights
 
-CHOICES = {"a": [("attn", 0), ("ffn", 0), ("ffn", 2)], "b": [("ffn", 0)], "c": []}
+PLACES = {"a": [("attn", 0), ("ffn", 0), ("ffn", 2)], "b": [("ffn", 0)], "c": []}
 ULP = 2**-23  # 1 + soft - soft may miss 1 by a rounding
 
 
-def make_router(choices=CHOICES, temperature=5.0, seed=0, logits=None):
-    router = Router(choices, temperature, seed)
+def make_router(places=PLACES, temperature=5.0, seed=0, logits=None, final_temperature=None, steps=100, probe=1.0):
+    router = Router(places, temperature, final_temperature or temperature, steps, probe, seed)
     with torch.no_grad():
         for task, parameter in router.logits.items():
             parameter.copy_(torch.zeros(len(parameter), 2) if logits is None else logits[task])
@@ -27,7 +28,7 @@ def make_router(choices=CHOICES, temperature=5.0, seed=0, logits=None):
 
 def random_logits(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return {task: torch.randn(len(rows), 2, generator=generator) for task, rows in CHOICES.items() if rows}
+    return {task: torch.randn(len(rows), 2, generator=generator) for task, rows in PLACES.items() if rows}
 
 
 # --- the router -------------------------------------------------------------------------------------------------------
@@ -40,9 +41,12 @@ def test_there_is_one_parameter_for_each_task_that_learns():
 
 def test_weights_are_one_hot():
     router = make_router(logits=random_logits())
+    favours_own = [own > shared for logits in random_logits().values() for shared, own in logits.tolist()]
     for step in range(50):
-        weights = router(step)
-        assert weights.shape == (4, 2)
+        decided = router(step)
+        assert decided.shape == (4, 3)
+        assert decided[:, 2].tolist() == favours_own  # whatever the noise
+        weights = decided[:, :2]
         hard = weights.round()
         assert hard.sum(1).tolist() == [1.0] * 4
         assert (weights - hard).abs().max() <= ULP
@@ -53,14 +57,14 @@ def test_evaluation_takes_the_more_probable_branch_without_noise():
     logits = {"a": torch.tensor([[0.1, 0.0], [0.0, 1e-4], [0.0, 0.0]]), "b": torch.tensor([[-5.0, 3.0]])}
     router = make_router(temperature=0.01, logits=logits)
     for _ in range(3):  # equal logits: the shared copy
-        assert router(None).tolist() == [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]
+        assert router(None).tolist() == [[1.0, 0.0, 0.0], [0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 1.0]]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 5.0])
 def test_gradients_are_those_of_the_softmax(temperature):
     router = make_router(temperature=temperature, logits=random_logits())
     upstream = torch.tensor([[1.0, -2.0], [0.5, 3.0], [0.0, 1.0], [-1.0, -1.5]])
-    (router(3) * upstream).sum().backward()
+    (router(3)[:, :2] * upstream).sum().backward()
     noisy = torch.cat(list(random_logits().values())) + router._noise(3)
     wanted = []
     for (shared, own), (from_shared, from_own) in zip(noisy.tolist(), upstream.tolist(), strict=True):
@@ -77,11 +81,23 @@ def test_noise_is_a_function_of_seed_step_and_task():
     first = make_router()._noise(7)
     torch.manual_seed(1)
     assert torch.equal(make_router()._noise(7), first)
-    assert torch.equal(make_router({"b": CHOICES["b"]})._noise(7), first[3:])
-    assert torch.equal(make_router({"z": [("ffn", 1)], "a": CHOICES["a"]})._noise(7)[1:], first[:3])
+    assert torch.equal(make_router({"b": PLACES["b"]})._noise(7), first[3:])
+    assert torch.equal(make_router({"z": [("ffn", 1)], "a": PLACES["a"]})._noise(7)[1:], first[:3])
     assert not torch.equal(make_router()._noise(8), first)
     assert not torch.equal(make_router(seed=1)._noise(7), first)
-    assert not torch.equal(first[0], first[3])  # a and b
+    assert not torch.equal(first[1], first[3])  # a and b
+    assert not torch.equal(first[0], first[1])  # attn and ffn
+
+
+def test_noise_of_a_layer_does_not_depend_on_what_else_is_learned():
+    everything = {"a": [(unit, i) for unit in ("norm", "attn", "ffn") for i in range(40)]}
+    rows = dict(zip(everything["a"], make_router(everything)._noise(3), strict=True))
+    draw = random.Random(0)
+    for _ in range(100):
+        some = sorted(draw.sample(everything["a"], draw.randint(1, 20)), key=everything["a"].index)
+        assert torch.equal(
+            make_router({"b": [("ffn", 0)], "a": some})._noise(3)[1:], torch.stack([rows[p] for p in some])
+        )
 
 
 def test_noise_is_gumbels():
@@ -100,14 +116,80 @@ def test_branches_are_taken_as_often_as_the_softmax_says(advantage, share):
     assert found == pytest.approx(share, abs=5 * 0.5 / steps**0.5)
 
 
-def test_weights_are_sorted_by_unit_and_layer():
-    weights = torch.arange(8.0).view(4, 2)
-    found = make_router().by_choice(weights)
-    assert {choice: {task: w.tolist() for task, w in by_task.items()} for choice, by_task in found.items()} == {
-        ("attn", 0): {"a": [0, 1]},
-        ("ffn", 0): {"a": [2, 3], "b": [6, 7]},
-        ("ffn", 2): {"a": [4, 5]},
+def test_choices_are_sorted_by_unit_and_layer():
+    decided = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [ULP, 1 - ULP, 1.0]], requires_grad=True)
+    found = make_router(probe=0.25).choices(decided, 0)
+    assert {place: {task: (c.own, c.scale) for task, c in by_task.items()} for place, by_task in found.items()} == {
+        ("attn", 0): {"a": (False, 4.0)},
+        ("ffn", 0): {"a": (True, 4.0), "b": (True, 4.0)},
+        ("ffn", 2): {"a": (False, 4.0)},
     }
+    upstream = {("attn", 0, "a"): 0, ("ffn", 0, "a"): 1, ("ffn", 2, "a"): 2, ("ffn", 0, "b"): 3}
+    for (unit, layer, task), row in upstream.items():
+        weights_2 = found[unit, layer][task].weights_2
+        assert weights_2.tolist() == decided[row, :2].tolist()
+        (gradient,) = torch.autograd.grad(weights_2 @ torch.tensor([2.0, 3.0]), decided)
+        assert gradient.nonzero().tolist() == [[row, 0], [row, 1]]
+        assert gradient[row].tolist() == [2.0, 3.0, 0.0]
+
+
+@pytest.mark.parametrize(("probe", "blocks"), [(1.0, 1), (0.5, 2), (0.3, 3), (0.1, 10)])
+def test_a_gradient_from_a_probe_stands_for_that_of_all_blocks(probe, blocks):
+    router = make_router({"a": [("ffn", 0)]}, probe=probe)
+    assert router.choices(router(0), 0)["ffn", 0]["a"].scale == blocks
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "wanted"),  # at steps 0, 25, 50, 75, 100, 1000 of 100
+    [
+        (5.0, 5.0, [5.0] * 6),
+        (8.0, 0.5, [8.0, 4.0, 2.0, 1.0, 0.5, 0.5]),  # halves every 25 steps
+        (1.0, 81.0, [1.0, 3.0, 9.0, 27.0, 81.0, 81.0]),
+    ],
+)
+def test_the_temperature_changes_by_equal_factors(first, last, wanted):
+    router = make_router(temperature=first, final_temperature=last, logits=random_logits())
+    assert [router.temperature_at(step) for step in (0, 25, 50, 75, 100, 1000)] == pytest.approx(wanted)
+    upstream = torch.tensor([[1.0, -2.0], [0.5, 3.0], [0.0, 1.0], [-1.0, -1.5]])
+    for step, temperature in zip((0, 25, 50, 75, 100, 1000), wanted, strict=True):
+        gradients = []
+        for one in (router, make_router(temperature=temperature, logits=random_logits())):
+            gradients.append(torch.autograd.grad((one(step)[:, :2] * upstream).sum(), list(one.parameters())))
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_probed_blocks_are_drawn_alike_and_equally_often():
+    router, again = make_router(probe=0.2), make_router({"z": [("ffn", 1)]}, probe=0.2)
+    steps = range(2000)
+    drawn = {task: [router.probed_block(step, task) for step in steps] for task in "ab"}
+    assert drawn["a"] == [again.probed_block(step, "a") for step in steps]
+    assert drawn["a"] != drawn["b"]
+    assert drawn["a"] != [make_router(probe=0.2, seed=1).probed_block(step, "a") for step in steps]
+    for blocks in drawn.values():  # the standard deviation of each count is sqrt(2000 x 0.2 x 0.8) = 17.9
+        assert [blocks.count(block) for block in range(5)] == pytest.approx([400] * 5, abs=5 * 17.9)
+    assert {make_router(probe=1.0).probed_block(step, "a") for step in range(20)} == {0}
+
+
+def test_the_step_of_the_last_change_is_noted():
+    router = make_router({"a": [("attn", 0), ("ffn", 1)], "b": [("ffn", 0)]}, probe=0.5)
+
+    def at(step, a, b):
+        with torch.no_grad():
+            router.logits["a"].copy_(torch.tensor(a))
+            router.logits["b"].copy_(torch.tensor(b))
+        router.choices(router(step), step)
+        return router.likelier_own, router.changed_at
+
+    shared, own = [0.0, -1.0], [0.0, 1.0]
+    assert (router.likelier_own, router.changed_at) == ({}, 0)
+    assert at(10, [shared, own], [shared]) == ({"a": [False, True], "b": [False]}, 0)  # nothing to compare with
+    assert at(11, [shared, own], [shared]) == ({"a": [False, True], "b": [False]}, 0)
+    assert at(12, [shared, own], [[0.0, 1e-6]]) == ({"a": [False, True], "b": [True]}, 12)
+    assert at(12, [shared, own], [own]) == ({"a": [False, True], "b": [True]}, 12)  # a further micro-batch
+    assert at(13, [[-3.0, -4.0], own], [own]) == ({"a": [False, True], "b": [True]}, 12)  # another size, the same sign
+    assert at(None, [own, own], [shared]) == ({"a": [False, True], "b": [True]}, 12)  # an evaluation
+    assert at(14, [own, shared], [own]) == ({"a": [True, False], "b": [True]}, 14)
+    assert at(15, [own, [2.0, 2.0]], [own]) == ({"a": [True, False], "b": [True]}, 14)  # equal: shared
 
 
 # --- learned routes in the supernet -----------------------------------------------------------------------------------

@@ -221,7 +221,7 @@ class Supernet(nn.Module):
         model = self.recipe.model
         if not self.training or not model.experts:
             return [whole]
-        shared = math.ceil(model.shared_samples * task.global_count)
+        shared = math.ceil(round(model.shared_samples * task.global_count, 6))  # 0.07 * 100 is 7.000000000000001
         spans: list[tuple[Part, range]] = [("shared", range(shared))]
         rest = everything[shared:]
         if any(LEARNED in layers for layers in self.routes[name].values()):
@@ -341,7 +341,7 @@ def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
     unit = parts[2] if parts[0] in ("blocks", "heads") else parts[0]
     if unit == "router" or parts[-1] in ("bias", "cls"):
         return torch.zeros(shape)
-    if unit in ("norm", "norm1", "norm2", "neck") or parts[-2] == "norm":
+    if unit in ("norm", "norm1", "norm2", "neck") or parts[-2:] == ["norm", "weight"]:
         return torch.ones(shape)
     generator = torch_generator(seed, "init", re.sub(r"\.own\.[a-z0-9_]+\.", ".shared.", name))
     value = torch.empty(shape)
