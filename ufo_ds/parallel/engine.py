@@ -46,6 +46,8 @@ class Engine:
         self.placement = place([task.name for task in recipe.tasks], self.world_size, config.ep_size)
         self.samples = {task.name: task.samples_per_step // config.accumulation for task in recipe.tasks}
         groups._create_expert_and_data_parallel(config.ep_size)
+        if any(task.head.sharded for task in recipe.tasks):
+            groups._create_expert_and_data_parallel(self.world_size)  # a group for each rank alone
         with torch.device("meta"):
             model = Supernet(recipe, num_classes)
         parallelize(model, self.placement, self.rank, self.samples, config.exchange)
@@ -113,7 +115,7 @@ class Engine:
                     "lr": optimizer.lr * scale,
                     "lr_scale": scale,
                     "weight_decay": optimizer.weight_decay if kind.endswith("matrix") else 0.0,
-                    "name": f"ep_size_{self.placement.ep_size}" if slot else f"shared_{kind}",
+                    "name": parameters[0].group_name if slot else f"shared_{kind}",
                     "moe": slot is not None,
                 })  # fmt: skip
         return result
