@@ -1,6 +1,7 @@
 """A recipe: *what* is trained, as typed dataclasses. ``ufo_ds.recipe_file`` reads it from YAML and prints it back."""
 
 import dataclasses
+import math
 from typing import Annotated, Any, Literal
 
 import torch
@@ -124,14 +125,18 @@ class Model:
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
 class Head:
-    """``linear``: logits. ``margin``: a BN neck and a cosine classifier (its loss adds the margin)."""
+    """``linear``: logits. ``margin``: a BN neck and a cosine classifier (its losses add the margin)."""
 
     type: Literal["linear", "margin"]
+    sharded: bool = False  # the classifier's rows are spread over the ranks that hold the task, each with its part
+    # Share of the classes that are not in the batch against which a margin head's samples are set, drawn every step.
+    sampled_negatives: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
 class CrossEntropy:
     label_smoothing: Share = 0.0
+    scale: Annotated[float, Field(gt=0)] | None = None  # of a margin head's cosines; a linear head needs none
     weight: float = 1.0
 
 
@@ -143,18 +148,50 @@ class CosFace:
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
+class AMSoftmax(CosFace):
+    """The formula of CosFace, published at the same time; recorded under its own name, with its paper's margin."""
+
+    margin: Annotated[float, Field(ge=0)] = 0.35
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
+class ArcFace:
+    scale: Annotated[float, Field(gt=0)] = 64.0
+    margin: Annotated[float, Field(ge=0, le=math.pi / 2)] = 0.5  # radians
+    weight: float = 1.0
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
+class Circle:
+    """With class-level labels."""
+
+    scale: Annotated[float, Field(gt=0)] = 128.0
+    margin: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    weight: float = 1.0
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
 class Triplet:
     margin: float | Literal["soft"] = "soft"
+    normalize: bool = False  # distances between features of length 1
     weight: float = 1.0
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
 class Loss:
-    """A weighted sum of those that are given."""
+    """A weighted sum of those that are given; weights are relative to each other, ``weight`` of the task is of all."""
 
     cross_entropy: CrossEntropy | None = None
     cosface: CosFace | None = None
+    am_softmax: AMSoftmax | None = None
+    arcface: ArcFace | None = None
+    circle: Circle | None = None
     triplet: Triplet | None = None
+
+    @property
+    def on_cosines(self) -> list[str]:
+        """Those that only a margin head can have."""
+        return [name for name in ("cosface", "am_softmax", "arcface", "circle") if getattr(self, name) is not None]
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
@@ -253,10 +290,22 @@ class Task:
             raise ValueError(f"{self.name}: samples_per_step {n} is not a multiple of identities_per_step {p}")
         if self.loss.triplet and not p:
             raise ValueError(f"{self.name}: triplet needs identities_per_step (PK sampling)")
-        wanted = self.loss.cross_entropy if self.head.type == "linear" else self.loss.cosface
-        other = self.loss.cosface if self.head.type == "linear" else self.loss.cross_entropy
-        if wanted is None or other is not None:
-            raise ValueError(f"{self.name}: a linear head goes with cross_entropy, a margin head with cosface")
+        return self
+
+    @model_validator(mode="after")
+    def _losses_fit(self) -> "Task":
+        loss, ce = self.loss, self.loss.cross_entropy
+        if self.head.type == "linear":
+            if ce is None or loss.on_cosines or ce.scale is not None:
+                raise ValueError(f"{self.name}: a linear head goes with cross_entropy without scale, and needs it")
+            if self.head.sampled_negatives < 1:
+                raise ValueError(f"{self.name}: sampled_negatives is for margin heads: remove it")
+        elif ce is None and not loss.on_cosines:
+            raise ValueError(f"{self.name}: a margin head needs cosface, am_softmax, arcface, circle or cross_entropy")
+        elif ce is not None and ce.scale is None:
+            raise ValueError(f"{self.name}: cross_entropy of a margin head needs the scale of its cosines, such as 30")
+        elif self.head.sharded and any(b.protocol == "classification" for b in self.benchmarks):
+            raise ValueError(f"{self.name}: a sharded margin head gives no logits: remove classification benchmarks")
         return self
 
     @model_validator(mode="after")

@@ -11,25 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ufo_ds import losses
+from ufo_ds.model.classifiers import Classifier, CosineClassifier, HolderGroup, LinearClassifier
 from ufo_ds.model.packing import Segment, split
-from ufo_ds.recipe import Loss
+from ufo_ds.recipe import ArcFace, Circle, CosFace, CrossEntropy, Head, Loss
+from ufo_ds.seeding import torch_generator
 
-LOSSES = ("cross_entropy", "cosface", "triplet")
-
-
-class HolderGroup:
-    """The processes that hold the samples of a task: here this one alone.
-
-    ``parallel.exchange`` has the one for several ranks, with gradients through both collectives.
-    """
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum over the processes."""
-        return x
-
-    def all_gather(self, x: Tensor, total: int) -> Tensor:
-        """The ``total`` rows of all processes, in the order of the processes; their numbers may differ."""
-        return x
+LOSSES = ("cross_entropy", "cosface", "am_softmax", "arcface", "circle", "triplet")
+Moment = tuple[int, int]  # step, micro-step
 
 
 class BatchNormNeck(nn.Module):
@@ -73,52 +61,54 @@ class BatchNormNeck(nn.Module):
         return mean_D, var_D
 
 
-class CosineClassifier(nn.Module):
-    """Cosine between a feature and each class's weight."""
-
-    def __init__(self, dim: int, num_classes: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_classes, dim))
-
-    def forward(self, x_BD: Tensor) -> Tensor:
-        return F.linear(F.normalize(x_BD.float()), F.normalize(self.weight.float()))
-
-
-class LinearClassifier(nn.Linear):
-    def forward(self, x_BD: Tensor) -> Tensor:
-        return F.linear(x_BD.float(), self.weight.float(), self.bias.float())
-
-
 class Outputs(NamedTuple):
-    """What a head says of images: ``embedding`` [B, D] and ``logits`` [B, C], fp32."""
+    """What a head says of images: ``embedding`` [B, D] and ``logits`` [B, C], fp32.
+
+    A sharded margin head is there for its embedding: its logits are [B, 0].
+    """
 
     embedding: Tensor
     logits: Tensor
 
 
 class TaskHead(nn.Module):
-    """``kind="linear"``: logits of the feature. ``kind="margin"``: BN neck, then cosines; the embedding is the
-    feature after the neck, the triplet loss sees the one before it."""
+    """``linear``: logits of the feature. ``margin``: BN neck, then cosines; the embedding is the feature after the
+    neck, the triplet loss sees the one before it.
 
-    def __init__(self, kind: str, dim: int, num_classes: int, loss: Loss):
+    Args:
+        key: of the random stream by which sampled negatives are drawn, with the step.
+    """
+
+    def __init__(self, options: Head, dim: int, num_classes: int, loss: Loss, key: tuple[int | str, ...] = ()):
         super().__init__()
-        self.neck = BatchNormNeck(dim) if kind == "margin" else nn.Identity()
-        self.classifier = CosineClassifier(dim, num_classes) if kind == "margin" else LinearClassifier(dim, num_classes)
-        self.loss = loss
+        margin = options.type == "margin"
+        self.neck = BatchNormNeck(dim) if margin else nn.Identity()
+        self.classifier: Classifier = (CosineClassifier if margin else LinearClassifier)(dim, num_classes)
+        self.options, self.loss, self.key = options, loss, key
         self.group = HolderGroup()
 
-    def set_group(self, group: HolderGroup) -> None:
+    def set_group(self, group: HolderGroup, sharded: bool = False) -> None:
+        """The processes that hold the task; ``sharded``: each keeps its part of the classifier's rows."""
         self.group = group
         if isinstance(self.neck, BatchNormNeck):
             self.neck.group = group
+        if sharded:
+            self.classifier.keep(group)
 
-    def forward(self, features_BD: Tensor, labels_B: Tensor | None = None, global_count: int = 0) -> Tensor | Outputs:
+    def forward(
+        self,
+        features_BD: Tensor,
+        labels_B: Tensor | None = None,
+        global_count: int = 0,
+        moment: Moment = (0, 0),
+    ) -> Tensor | Outputs:
         """With labels the losses, without them the outputs.
 
         Args:
             features_BD: this process's samples of the task.
             labels_B: their classes.
             global_count: samples of the task in the micro-batch on all processes.
+            moment: of training.
 
         Returns:
             One value for each of :data:`LOSSES` (0 where the task has none): the weighted sum over this process's
@@ -126,22 +116,86 @@ class TaskHead(nn.Module):
             ZeRO-3 counts the outputs of a module and wants them alike on all ranks.
         """
         embedding_BD = self.neck(features_BD)
-        logits_BC = self.classifier(embedding_BD)
         if labels_B is None:
-            return Outputs(embedding_BD.float(), logits_BC)
-        zero = logits_BC.new_zeros(1)
-        values = dict.fromkeys(LOSSES, zero)
-        if (ce := self.loss.cross_entropy) is not None:
-            values["cross_entropy"] = ce.weight * losses.cross_entropy(logits_BC, labels_B, ce.label_smoothing)
-        if (cos := self.loss.cosface) is not None:
-            values["cosface"] = cos.weight * losses.cosface(logits_BC, labels_B, cos.scale, cos.margin)
+            embedding_BD = embedding_BD.float()
+            if self.options.sharded and self.options.type == "margin":
+                return Outputs(embedding_BD, embedding_BD[:, :0])
+            return Outputs(embedding_BD, self.classifier(embedding_BD))
+        values = self._classification(embedding_BD, labels_B, global_count, moment)
         if (triplet := self.loss.triplet) is not None:
             features_BD = features_BD.float()
-            everyone_MD, labels_M = [self.group.all_gather(x, global_count) for x in (features_BD, labels_B)]
+            if triplet.normalize:
+                features_BD = F.normalize(features_BD)
+            counts = self.group.counts(global_count)
+            everyone_MD, labels_M = [self.group.all_gather(x, counts) for x in (features_BD, labels_B)]
             values["triplet"] = triplet.weight * losses.batch_hard_triplet(
                 features_BD, labels_B, everyone_MD, labels_M, triplet.margin
             )
-        return torch.stack([values[name].sum() for name in LOSSES]) / max(global_count, 1)
+        zero = embedding_BD.new_zeros(1, dtype=torch.float32)
+        return torch.stack([values.get(name, zero).sum() for name in LOSSES]) / max(global_count, 1)
+
+    def _classification(
+        self, embedding_BD: Tensor, labels_B: Tensor, global_count: int, moment: Moment
+    ) -> dict[str, Tensor]:
+        """Weighted losses ``[B]`` by the classifier. Where its rows are spread, every process computes the logits of
+        all samples for its rows, and takes the losses of its own samples."""
+        sharded, counts = self.classifier.part is not None, self.group.counts(global_count)
+        samples_XD, labels_X = embedding_BD, labels_B  # X: own samples, or all where rows are spread
+        if sharded:
+            samples_XD = self.group.all_gather(embedding_BD, counts)
+            labels_X = self.group.all_gather(labels_B, counts)
+        chosen, position_C = None, None
+        if self.options.sampled_negatives < 1.0:
+            present = labels_X if sharded else self.group.all_gather(labels_B, counts)
+            chosen, position_C = self._sample(present, moment)
+        logits_XC = self.classifier.logits(samples_XD, chosen)
+        columns_X = self._columns(labels_X, position_C)
+        values = {}
+        for name in LOSSES:
+            options = getattr(self.loss, name)
+            if options is None or name == "triplet":
+                continue
+            loss_X = losses.cross_entropy(
+                _with_margin(options, logits_XC, columns_X),
+                columns_X,
+                options.label_smoothing if isinstance(options, CrossEntropy) else 0.0,
+                self.group if sharded else None,
+            )
+            values[name] = options.weight * (loss_X.split(counts)[self.group.part] if sharded else loss_X)
+        return values
+
+    def _columns(self, labels_X: Tensor, position_C: Tensor | None) -> Tensor:
+        """Where the logits of these classes are; -1 for those whose rows are not here."""
+        rows = self.classifier.rows
+        here_X = (labels_X >= rows.start) & (labels_X < rows.stop)
+        columns_X = labels_X - rows.start
+        if position_C is not None and len(rows):
+            columns_X = position_C[columns_X.clamp(0, len(rows) - 1)]
+        return columns_X.masked_fill(~here_X, -1)
+
+    def _sample(self, present_M: Tensor, moment: Moment) -> tuple[Tensor, Tensor]:
+        """The classes of the whole batch, and each other one with a probability of ``sampled_negatives`` (Partial FC:
+        An et al., 2021), the same however rows are spread: positions among the rows here, and where each row is then.
+        """
+        rows, generator = self.classifier.rows, torch_generator(*self.key, *moment)
+        draws_C = torch.rand(self.classifier.num_classes, generator=generator)[rows.start : rows.stop]
+        used_C = (draws_C < self.options.sampled_negatives).to(present_M.device)
+        here_M = (present_M >= rows.start) & (present_M < rows.stop)
+        used_C[present_M[here_M] - rows.start] = True
+        return used_C.nonzero()[:, 0], used_C.cumsum(0) - 1
+
+
+def _with_margin(options: CrossEntropy | CosFace | ArcFace | Circle, x_BC: Tensor, columns_B: Tensor) -> Tensor:
+    """Logits of a loss from cosines, or from the logits of a linear head."""
+    match options:
+        case CrossEntropy():
+            return x_BC if options.scale is None else options.scale * x_BC
+        case ArcFace():
+            return losses.arcface_logits(x_BC, columns_B, options.scale, options.margin)
+        case Circle():
+            return losses.circle_logits(x_BC, columns_B, options.scale, options.margin)
+        case _:
+            return losses.cosface_logits(x_BC, columns_B, options.scale, options.margin)
 
 
 class TaskHeads(nn.ModuleDict):
@@ -153,10 +207,13 @@ class TaskHeads(nn.ModuleDict):
         segments: Sequence[Segment],
         labels: Mapping[str, Tensor] | None = None,
         global_counts: Mapping[str, int] | None = None,
+        moment: Moment = (0, 0),
     ) -> Tensor | dict[str, Outputs]:
         """``segments`` have one row per image. With ``labels`` and ``global_counts`` the losses of every segment's
         task ``[tasks, len(LOSSES)]``, without them its outputs."""
         rows = dict(zip([s.task for s in segments], split(features_BD, segments), strict=True))
         if labels is None or global_counts is None:
             return {task: self[task](x_BD) for task, x_BD in rows.items()}
-        return torch.stack([self[task](x_BD, labels[task], global_counts[task]) for task, x_BD in rows.items()])
+        return torch.stack([
+            self[task](x_BD, labels[task], global_counts[task], moment) for task, x_BD in rows.items()
+        ])  # fmt: skip

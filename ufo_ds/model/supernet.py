@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.errors import UserError
+from ufo_ds.model import classifiers
 from ufo_ds.model.experts import LEARNED, OWN, SHARED, RoutedUnit
 from ufo_ds.model.heads import BatchNormNeck, Outputs, TaskHead, TaskHeads
 from ufo_ds.model.layers import FFN, Attention, Embedding, Norm
@@ -104,7 +105,7 @@ class Supernet(nn.Module):
         self.blocks = nn.ModuleList(Block(build, i, backbone) for i in range(backbone.depth))
         self.norm = build("norm", backbone.depth, lambda _: Norm(backbone.dim, eps=backbone.layer_norm_eps))
         self.heads = TaskHeads({
-            name: TaskHead(task.head.type, backbone.dim, num_classes[name], task.loss)
+            name: TaskHead(task.head, backbone.dim, num_classes[name], task.loss, (recipe.seed, "negatives", name))
             for name, task in self.tasks.items() if name in num_classes
         })  # fmt: skip
         router = model.router
@@ -207,6 +208,7 @@ class Supernet(nn.Module):
             rows,
             {name: task.labels for name, task in batch.tasks.items()},
             {name: task.global_count for name, task in batch.tasks.items()},
+            (batch.step, batch.micro_step),
         )
 
     def segment(self, task: str, images: Tensor) -> Segment:
@@ -325,18 +327,23 @@ def init_weights(model: Supernet, device: torch.device | str = "cpu", pretrained
     """
     model.to_empty(device=device)
     model.fill_constants()
+    parts = classifiers.parts(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            value = pretrained(name, parameter.shape) if pretrained else None
+            shape, rows = parts.get(name, (parameter.shape, range(len(parameter))))
+            value = pretrained(name, shape) if pretrained else None
             if value is None:
-                value = initial_value(name, parameter.shape, model.recipe.seed)
-            parameter.copy_(value)
+                value = initial_value(name, shape, model.recipe.seed, rows)
+            else:
+                value = value[rows.start : rows.stop]
+            parameter[: len(rows)] = value
+            parameter[len(rows) :] = 0.0  # padding
 
 
-def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
+def initial_value(name: str, shape: torch.Size, seed: int, rows: range | None = None) -> Tensor:
     """The initialisation of big_vision's ViT: norms 1, biases and class tokens 0, matrices by Glorot and Bengio
     (2010), position embeddings of standard deviation 1 / sqrt(D). The router's logits are 0, classifiers small; a
-    stem's convolutions by He et al. (2015)."""
+    stem's convolutions by He et al. (2015). Of a classifier, only ``rows`` if given."""
     parts = name.split(".")
     unit = parts[2] if parts[0] in ("blocks", "heads") else parts[0]
     if unit == "router" or parts[-1] in ("bias", "cls"):
@@ -344,9 +351,9 @@ def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
     if unit in ("norm", "norm1", "norm2", "neck") or parts[-2:] == ["norm", "weight"]:
         return torch.ones(shape)
     generator = torch_generator(seed, "init", re.sub(r"\.own\.[a-z0-9_]+\.", ".shared.", name))
-    value = torch.empty(shape)
     if unit == "classifier":
-        return nn.init.normal_(value, std=0.01, generator=generator)
+        return classifiers.draw_rows(shape, range(shape[0]) if rows is None else rows, generator)
+    value = torch.empty(shape)
     if parts[-1] == "position":
         return nn.init.normal_(value, std=shape[1] ** -0.5, generator=generator)
     if parts[-2] == "qkv":  # three matrices in one

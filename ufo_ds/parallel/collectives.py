@@ -48,17 +48,34 @@ def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: di
 class RankGroup(HolderGroup):
     """The ranks that hold a task's head and samples.
 
-    Gradients of both collectives are summed over the ranks, as if one process had computed the sum of all losses.
+    Gradients of the collectives are summed over the ranks, as if one process had computed the sum of all losses.
     """
 
     def __init__(self, group: dist.ProcessGroup):
         self.group = group
+        self.size, self.part = dist.get_world_size(group), dist.get_rank(group)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return _AllReduce.apply(x, self.group)
 
-    def all_gather(self, x: Tensor, total: int) -> Tensor:
-        size = dist.get_world_size(self.group)
-        counts = [len(share(range(total), size, part)) for part in range(size)]
+    def all_max(self, x: Tensor) -> Tensor:
+        y = x.detach().clone()
+        dist.all_reduce(y, op=dist.ReduceOp.MAX, group=self.group)
+        return y
+
+    def counts(self, total: int) -> list[int]:
+        return [len(share(range(total), self.size, part)) for part in range(self.size)]
+
+    def gathered_counts(self, x: Tensor) -> list[int]:
+        counts = torch.zeros(self.size, dtype=torch.int64, device=x.device)
+        counts[self.part] = len(x)
+        dist.all_reduce(counts, group=self.group)
+        return counts.tolist()
+
+    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         # Every rank sends its rows to all: an all-to-all, whose backward sums what the ranks send back.
-        return all_to_all(torch.cat([x] * size), [len(x)] * size, counts, self.group)
+        return all_to_all(torch.cat([x] * self.size), [len(x)] * self.size, counts, self.group)
+
+    def return_rows(self, x_M: Tensor, counts: Sequence[int]) -> Tensor:
+        mine = counts[self.part]
+        return all_to_all(x_M, counts, [mine] * self.size, self.group).unflatten(0, (self.size, mine))

@@ -47,6 +47,8 @@ class Engine:
         self.placement = place([task.name for task in recipe.tasks], self.world_size, config.ep_size)
         self.samples = {task.name: task.samples_per_step // config.accumulation for task in recipe.tasks}
         groups._create_expert_and_data_parallel(config.ep_size)
+        if any(task.head.sharded for task in recipe.tasks):
+            groups._create_expert_and_data_parallel(self.world_size)  # a group for each rank alone
         with torch.device("meta"):
             model = Supernet(recipe, num_classes)
         check_rules(recipe, [name for name, _ in model.named_parameters()])
@@ -84,17 +86,15 @@ class Engine:
         return engine
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        """What DeepSpeed tells apart: shared parameters and experts. What a parameter's update looks like is the
-        optimizer's matter (:func:`ufo_ds.model.parameters.update_rule`)."""
-        named = list(self.model.named_parameters())
-        own = {name for name, _ in named if ".own." in name or name.startswith("heads.")}
+        """What DeepSpeed tells apart: shared parameters, experts, and parts of classifiers that are on one rank each.
+        What a parameter's update looks like is the optimizer's matter
+        (:func:`ufo_ds.model.parameters.update_rule`)."""
+        found: dict[str, list[torch.nn.Parameter]] = {}
+        for parameter in self.model.parameters():
+            found.setdefault(getattr(parameter, "group_name", "shared"), []).append(parameter)
         return [
-            {"params": [p for name, p in named if name not in own], "name": "shared", "moe": False},
-            {
-                "params": [p for name, p in named if name in own],
-                "name": f"ep_size_{self.placement.ep_size}",
-                "moe": True,
-            },
+            {"params": found[name], "name": name, "moe": name != "shared"}
+            for name in sorted(found, key=lambda name: (name != "shared", name))
         ]
 
     def _assert_alike(self) -> None:

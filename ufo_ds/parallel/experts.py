@@ -16,8 +16,9 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from ufo_ds.model.classifiers import parts
 from ufo_ds.model.experts import RoutedUnit, TaskExperts
-from ufo_ds.model.heads import Outputs, TaskHead, TaskHeads
+from ufo_ds.model.heads import Moment, Outputs, TaskHead, TaskHeads
 from ufo_ds.model.packing import Segment, concatenate, overlap, split
 from ufo_ds.model.supernet import Supernet
 from ufo_ds.parallel.collectives import RankGroup, all_to_all
@@ -104,15 +105,21 @@ class ExpertParallelUnits(_ExpertParallel):
 
 
 class ExpertParallelHeads(_ExpertParallel):
-    """The heads of this rank's tasks; stands in for :class:`TaskHeads`."""
+    """The heads of this rank's tasks; stands in for :class:`TaskHeads`.
+
+    Where one expert-parallel rank has a sharded head, all have one in that slot, wanted or not: DeepSpeed's collectives
+    over parameters that are spread differently would not meet. What a head computes does not depend on it.
+    """
 
     def __init__(self, modules: nn.ModuleDict, placement: Placement, rank: int, exchange: LayerExchange | None):
         super().__init__(modules, placement, rank, exchange)
         holders = RankGroup(groups._get_expert_data_parallel_group(self.ep_group_name))
-        for slot in self.slots:
+        wanted = {name for name, head in modules.items() if isinstance(head, TaskHead) and head.options.sharded}
+        sharded = sharded_slots(placement, wanted)
+        for i, slot in enumerate(self.slots):
             head = getattr(self, slot)
             assert isinstance(head, TaskHead)
-            head.set_group(holders)
+            head.set_group(holders, sharded=i in sharded)
 
     def forward(
         self,
@@ -120,6 +127,7 @@ class ExpertParallelHeads(_ExpertParallel):
         segments: Sequence[Segment],
         labels: Mapping[str, Tensor] | None = None,
         global_counts: Mapping[str, int] | None = None,
+        moment: Moment = (0, 0),
     ) -> Tensor | dict[str, Outputs]:
         """As :class:`TaskHeads`, for every slot: an empty one's losses are zero and keep its parameters in the
         graph."""
@@ -135,9 +143,16 @@ class ExpertParallelHeads(_ExpertParallel):
         no_labels = torch.empty(0, dtype=torch.int64, device=features_BD.device)
         return torch.stack([
             getattr(self, slot)(
-                rows.get(slot, features_BD[:0]), labels.get(slot, no_labels), global_counts.get(slot, 0)
+                rows.get(slot, features_BD[:0]), labels.get(slot, no_labels), global_counts.get(slot, 0), moment
             ) for slot in self.slots
         ])  # fmt: skip
+
+
+def sharded_slots(placement: Placement, sharded: set[str]) -> set[int]:
+    """The slots of heads whose rows are spread over their holders; none where a task has a single holder."""
+    if placement.replicas == 1:
+        return set()
+    return {i for tasks in placement.tasks_of for i, task in enumerate(tasks) if task in sharded}
 
 
 def parallelize(model: Supernet, placement: Placement, rank: int, samples: dict[str, int], exchange: str) -> Supernet:
@@ -168,10 +183,12 @@ def mark_experts(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, _ExpertParallel):
-            group = groups._get_expert_data_parallel_group(module.ep_group_name)
-            for parameter in module.parameters():
+            partial = parts(module)
+            for name, parameter in module.named_parameters():
+                # A part of a classifier is on this rank alone, like an expert of as many ranks as there are.
+                group_name = f"ep_size_{dist.get_world_size()}" if name in partial else module.ep_group_name
                 parameter.allreduce = False
-                parameter.group_name = module.ep_group_name
+                parameter.group_name = group_name
                 parameter.ds_zero_placement_family = "autoep_expert"
-                parameter.ds_zero_partition_group_name = module.ep_group_name
-                parameter.ds_zero_partition_process_group = group
+                parameter.ds_zero_partition_group_name = group_name
+                parameter.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(group_name)

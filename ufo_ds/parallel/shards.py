@@ -4,12 +4,15 @@ Private names of DeepSpeed 0.19.8 (``runtime/zero/stage3.py``, ``stage_1_and_2.p
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.utils import groups
 from torch import Tensor
+
+from ufo_ds.model import classifiers
 
 if TYPE_CHECKING:
     from ufo_ds.parallel.engine import Engine
@@ -37,6 +40,18 @@ class Slice:
 
 def parameter_slices(engine: "Engine") -> Iterator[Slice]:
     """This rank's slice of every parameter, empty slots included."""
+    parts = classifiers.parts(engine.model)
+    holders = groups._get_expert_data_parallel_group(f"ep_size_{engine.placement.ep_size}")
+    for piece in _slices(engine):
+        if (part := parts.get(piece.name)) is not None:  # rows of a matrix, then padding
+            start, width = part.rows.start * part.shape[1], len(part.rows) * part.shape[1]
+            length = max(0, min(piece.length, width - piece.start))
+            piece = replace(piece, shape=tuple(part.shape), start=start + piece.start, length=length, group=holders)
+        yield piece
+
+
+def _slices(engine: "Engine") -> Iterator[Slice]:
+    """The same, but a part of a matrix is counted from its own first row on, padding included."""
     optimizer = engine.deepspeed.optimizer
     parameter: Any  # with DeepSpeed's attributes
     if engine.config.stage == 3:

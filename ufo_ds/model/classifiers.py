@@ -1,0 +1,134 @@
+"""The matrix of a head: one row a class, of which a process may hold a part.
+
+Axes: B samples of this process, M of all that hold the task, C classes whose rows are here, D width.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class HolderGroup:
+    """The processes that hold the samples of a task: here this one alone.
+
+    ``parallel.collectives`` has the one for several ranks. Gradients go through all but ``all_max`` and ``counts``.
+    """
+
+    size = 1
+    part = 0  # of this process among them
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over the processes."""
+        return x
+
+    def all_max(self, x: Tensor) -> Tensor:
+        """Maximum over the processes, without a gradient."""
+        return x
+
+    def counts(self, total: int) -> list[int]:
+        """How many of the ``total`` samples of a training batch each process has."""
+        return [total]
+
+    def gathered_counts(self, x: Tensor) -> list[int]:
+        """Of how many rows ``x`` is on each process."""
+        return [len(x)]
+
+    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """The rows of all processes, in the order of the processes."""
+        return x
+
+    def return_rows(self, x_M: Tensor, counts: Sequence[int]) -> Tensor:
+        """The inverse for results: each process gets what the others have for its rows, ``[size, B, ...]``."""
+        return x_M[None]
+
+
+class Part(NamedTuple):
+    """``rows`` of a matrix of this ``shape``, which are the first that the parameter has; behind them is padding."""
+
+    shape: torch.Size
+    rows: range
+
+
+class Classifier(nn.Module):
+    """Weight ``[C, D]``; :meth:`keep` leaves a part of it here. A bias is small and whole everywhere."""
+
+    def __init__(self, dim: int, num_classes: int):
+        super().__init__()
+        self.num_classes, self.dim = num_classes, dim
+        self.weight = nn.Parameter(torch.empty(num_classes, dim))
+        self.rows = range(num_classes)
+        self.group = HolderGroup()  # of those that hold the other rows
+
+    @property
+    def part(self) -> Part | None:
+        """What there is of a weight that is not whole."""
+        if self.group.size == 1:
+            return None
+        return Part(torch.Size([self.num_classes, self.dim]), self.rows)
+
+    def keep(self, group: HolderGroup) -> None:
+        """Keep this process's share of the rows; every process of the group has as many, the last ones padding."""
+        each = -(-self.num_classes // group.size)
+        self.group = group
+        self.rows = range(self.num_classes)[each * group.part : each * (group.part + 1)]
+        self.weight = nn.Parameter(self.weight.new_empty(each, self.dim))
+
+    def logits(self, x_BD: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Logits ``[B, C]`` of the classes that are here, or of the ``chosen`` ones (positions among ``rows``)."""
+        raise NotImplementedError
+
+    def _here(self, tensor: Tensor, chosen: Tensor | None) -> Tensor:
+        tensor = tensor[: len(self.rows)]
+        return tensor if chosen is None else tensor.index_select(0, chosen)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        """Logits ``[B, num_classes]`` of all classes, wherever their rows are; not for training."""
+        if self.part is None:
+            return self.logits(x_BD)
+        counts = self.group.gathered_counts(x_BD)
+        logits_MC = self.logits(self.group.all_gather(x_BD, counts))
+        padded_MC = F.pad(logits_MC, (0, len(self.weight) - logits_MC.shape[1]))
+        by_part = self.group.return_rows(padded_MC, counts)
+        return by_part.transpose(0, 1).flatten(1)[:, : self.num_classes]
+
+
+class CosineClassifier(Classifier):
+    """Cosine between a feature and each class's weight."""
+
+    def logits(self, x_BD: Tensor, chosen: Tensor | None = None) -> Tensor:
+        weight_CD = self._here(self.weight, chosen).float()
+        return F.linear(F.normalize(x_BD.float()), F.normalize(weight_CD))
+
+
+class LinearClassifier(Classifier):
+    def __init__(self, dim: int, num_classes: int):
+        super().__init__(dim, num_classes)
+        self.bias = nn.Parameter(torch.empty(num_classes))
+
+    def logits(self, x_BD: Tensor, chosen: Tensor | None = None) -> Tensor:
+        bias_C = self._here(self.bias[self.rows.start :], chosen).float()
+        return F.linear(x_BD.float(), self._here(self.weight, chosen).float(), bias_C)
+
+
+def parts(model: nn.Module) -> dict[str, Part]:
+    """The parameters of a model that are not whole here, by name."""
+    return {
+        f"{name}.weight": module.part
+        for name, module in model.named_modules()
+        if isinstance(module, Classifier) and module.part is not None
+    }
+
+
+def draw_rows(shape: torch.Size, rows: range, generator: torch.Generator) -> Tensor:
+    """Initial values of some rows of a weight, normal with standard deviation 0.01. Rows before them are drawn too, a
+    block at a time, so that a row does not depend on which others are wanted."""
+    values, block = torch.empty(len(rows), shape[1]), 4096
+    for first in range(0, rows.stop, block):
+        drawn = torch.empty(min(block, shape[0] - first), shape[1]).normal_(std=0.01, generator=generator)
+        start, stop = max(first, rows.start), min(first + len(drawn), rows.stop)
+        if start < stop:
+            values[start - rows.start : stop - rows.start] = drawn[start - first : stop - first]
+    return values
