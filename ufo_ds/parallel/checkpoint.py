@@ -113,7 +113,7 @@ def load(engine: Engine, directory: Path) -> Index:
         buffer.copy_(reader.stored_buffer(name))
     for name, value in engine.buffer_averages.values.items():
         value.copy_(reader.stored_buffer(average_of(name)))
-    engine.set_routes(index.routes)
+    engine.model.set_routes(index.routes)
     refresh_low_precision(engine)
     return index
 
