@@ -3,10 +3,15 @@
 import pytest
 import torch
 
-from ufo_ds.model.parameters import Address, UpdateRule, address_of
+from tests.small_run import make_model, make_recipe
+from ufo_ds import recipe_file
+from ufo_ds.data.mixing import Batch, TaskBatch
+from ufo_ds.errors import UserError
+from ufo_ds.model.parameters import Address, UpdateRule, address_of, check_rules, unused, update_rule
+from ufo_ds.model.supernet import Supernet
 from ufo_ds.parallel.optimizers import OPTIMIZERS, average_decay
 from ufo_ds.parallel.shards import Slice
-from ufo_ds.recipe import Optimizer
+from ufo_ds.recipe import Optimizer, only
 
 SIZES = [7, 1, 64, 0, 33, 128, 5]
 RULES = [UpdateRule(1.0, 0.1, True), UpdateRule(0.5, 0.0, False), UpdateRule(2.0, 0.1, False)]
@@ -130,3 +135,107 @@ def test_averages_follow_their_definition():
 )
 def test_names_say_where_a_parameter_lives(name, address):
     assert address_of(name) == address
+
+
+def test_what_no_path_goes_through_is_found():
+    """Checked against autograd: what gets no gradient in a step over all tasks (logits of decided routes: zeros)."""
+    recipe = make_recipe(
+        experts=["embed", "norm", "attn", "ffn"],
+        routes={"norm": ["own", "shared", "own"], "attn": ["own", "learned"]},
+    )
+    model = make_model(recipe)
+    torch.manual_seed(0)
+    for routes in (
+        {},
+        {"digits": {**model.routes["digits"], "attn": ("own", "own"), "norm": ("own", "own", "own")}},
+        {"glyphs": {**model.routes["glyphs"], "attn": ("own", "shared"), "embed": ("own",)}},
+    ):
+        model.set_routes(routes)
+        model.zero_grad()
+        images = {task.name: torch.randint(0, 256, (4, 3, *task.input), dtype=torch.uint8) for task in recipe.tasks}
+        labels = torch.zeros(4, dtype=torch.int64)
+        batch = Batch(0, 0, {name: TaskBatch(x, labels, range(4), 4) for name, x in images.items()}, {})
+        model.train()(batch).sum().backward()
+        wanted = {
+            name for name, parameter in model.named_parameters()
+            if parameter.grad is None or (name.startswith("router") and not parameter.grad.any())
+        }  # fmt: skip
+        names = [name for name, _ in model.named_parameters()]
+        assert unused(names, model.routes) == wanted
+        assert wanted
+        shared = {name for name in wanted if ".shared." in name}
+        assert unused(names, model.routes, shared_samples=0.1) == wanted - shared
+    empty_slots = {"blocks.0.ffn.own.EMPTY0.fc1.weight", "heads.EMPTY0.classifier.bias"}
+    assert unused(empty_slots, model.routes, shared_samples=0.1) == empty_slots
+
+
+def rules_of(recipe, names):
+    return {name: (rule.lr_scale, rule.weight_decay) for name in names if (rule := update_rule(name, recipe))}
+
+
+def test_rules_reach_what_they_name():
+    """Scales multiply, the last weight decay counts, in order of the recipe; lr_scale of a task stays."""
+    values = recipe_file.dump(make_recipe(routes={"ffn": "learned"}))
+    values["tasks"][0]["lr_scale"] = 0.5
+    values["tasks"][0]["routes"] = {}
+    values["optimizer"] = {
+        "weight_decay": 0.05,
+        "rules": [
+            {"bias": True, "lr_scale": 2},
+            {"unit": "head", "task": "digits", "lr_scale": 0.1},
+            {"task": ["digits", "glyphs"], "unit": "ffn", "weight_decay": 0.2},
+            {"task": ["glyphs"], "weight_decay": 0.3, "lr_scale": 3},
+            {"unit": "norm", "bias": False, "weight_decay": 0.01},
+        ],
+    }
+    found = rules_of(
+        recipe_file.parse(values, "test"),
+        names := [
+            "embed.shared.patch.weight",
+            "embed.shared.patch.bias",
+            "embed.own.digits.position",
+            "blocks.0.norm1.shared.weight",
+            "blocks.0.norm1.shared.bias",
+            "blocks.0.ffn.shared.fc1.weight",
+            "blocks.0.ffn.own.digits.fc1.weight",
+            "blocks.0.ffn.own.digits.fc1.bias",
+            "blocks.0.ffn.own.glyphs.fc1.weight",
+            "heads.digits.classifier.weight",
+            "heads.digits.classifier.bias",
+            "heads.glyphs.neck.weight",
+            "router.logits.digits",
+            "router.logits.glyphs",
+        ],
+    )
+    wanted = [
+        (1, 0.05), (2, 0), (0.5, 0), (1, 0.01), (2, 0), (1, 0.05), (0.5, 0.2), (1, 0.2), (3, 0.3),
+        (0.05, 0.05), (0.1, 0), (3, 0.3), (1, 0), (3, 0.3),
+    ]  # fmt: skip
+    assert found == {name: pytest.approx(rule) for name, rule in zip(names, wanted, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"unit": "neck", "bias": True}, r"optimizer.rules.1: no parameter .* \{'unit': 'neck', 'bias': True\}"),
+        ({"unit": "router"}, "optimizer.rules.1: no parameter of this model matches"),
+        ({"task": "digits", "unit": "attn"}, "optimizer.rules.1: no parameter of this model matches"),
+        ({"task": "faces"}, "optimizer.rules.1: no task 'faces'; there are digits, glyphs"),
+        ({"unit": "nose"}, r"optimizer.rules.1.unit = 'nose'"),
+        ({"bias": True, "lr": 2}, "unknown key optimizer.rules.1.lr = 2"),
+    ],
+)
+def test_a_rule_for_nothing_is_an_error(rule, message):
+    values = recipe_file.dump(make_recipe())
+    values["optimizer"]["rules"] = [{"bias": True}, rule]
+    with torch.device("meta"):
+        model = Supernet(make_recipe(), {"digits": 3, "glyphs": 4})
+    with pytest.raises(UserError, match=message):
+        check_rules(recipe_file.parse(values, "test"), [name for name, _ in model.named_parameters()])
+
+
+def test_rules_of_one_task_stay_with_it():
+    values = recipe_file.dump(make_recipe())
+    values["optimizer"]["rules"] = [{"task": ["digits", "glyphs"]}, {"task": "digits", "bias": True}, {"bias": True}]
+    rules = only(recipe_file.parse(values, "test"), ["glyphs"]).optimizer.rules
+    assert [(rule.task, rule.bias) for rule in rules] == [(["glyphs"], None), (None, True)]

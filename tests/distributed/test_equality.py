@@ -64,6 +64,8 @@ def test_two_ranks(tmp_path):
         case(2, 2, "aligned", "frozen", tasks=3, optimizer="adamw"),
         case(2, 1, "layer", tasks=3),
         case(1, 3, optimizer="adamw"),
+        case(2, 3, routes="freezing", optimizer="adamw"),
+        case(2, 1, routes="freezing", last=1),
         case(2, 3, experts=["ffn"]),  # heads of two kinds then differ most in what parameters they have
         case(2, 2, "layer", routes="frozen", experts=[]),
         case(1, 1, routes="frozen", last=1),

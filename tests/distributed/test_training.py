@@ -169,6 +169,16 @@ def test_other_topology(recipe, uninterrupted, tmp_path):
         assert [line["step"] for line in found] == [line["step"] for line in expected]
         for a, b in zip(found, expected, strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        # Routes were frozen at step 5: what no path goes through stays as it was, its state too.
+        before, after = weights(uninterrupted, 8), weights(run, 12)
+        routes = checkpoint.Reader(source).index.routes
+        decided = {task: of_task["ffn"] for task, of_task in routes.items()}
+        idle = ["embed.shared.", "router.logits."]
+        for layer in range(2):
+            idle += [f"blocks.{layer}.ffn.own.{task}." for task, layers in decided.items() if layers[layer] == "shared"]
+            idle += [f"blocks.{layer}.ffn.shared."] if all(x[layer] == "own" for x in decided.values()) else []
+        for key in before:
+            assert (before[key] == after[key]) == any(key.startswith(prefix) for prefix in idle), key
 
 
 def test_bf16_and_zero_stages(recipe, tmp_path):
@@ -198,9 +208,9 @@ def test_a_second_run_is_refused(recipe, uninterrupted):
     assert "another process trains in it" in output
 
 
-def weights(run: Path) -> dict[str, bytes]:
-    """All that the last checkpoint holds of numbers: weights, averages, optimizer state, running statistics."""
-    reader = checkpoint.Reader(checkpoint.find(run / "checkpoints")[-1])
+def weights(run: Path, step: int = 12) -> dict[str, bytes]:
+    """All that a checkpoint holds of numbers: weights, averages, optimizer state, running statistics."""
+    reader = checkpoint.Reader(run / "checkpoints" / checkpoint.name_of(step))
     found = {}
     for name, parameter in reader.index.parameters.items():
         count = math.prod(parameter.shape)

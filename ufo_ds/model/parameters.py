@@ -1,10 +1,13 @@
 """What a parameter's name says of it, and what follows for its updates."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ufo_ds.errors import UserError
+from ufo_ds.model.experts import LEARNED, OWN, SHARED
 from ufo_ds.recipe import Recipe, Rule
+
+Routes = Mapping[str, Mapping[str, Sequence[str]]]  # [task][unit][layer]
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,29 @@ def update_rule(name: str, recipe: Recipe) -> UpdateRule:
             scale *= rule.lr_scale
             decay = decay if rule.weight_decay is None else rule.weight_decay
     return UpdateRule(scale, decay, matrix)
+
+
+def unused(names: Iterable[str], routes: Routes, shared_samples: float = 0.0) -> set[str]:
+    """Those of the named parameters that no path goes through: own copies of tasks routed to the shared one, shared
+    copies that no task takes, logits of routes that are decided, and whatever belongs to a task without routes.
+
+    Args:
+        routes: of all tasks, per unit and layer: shared, own or learned.
+        shared_samples: share of the samples that take the shared copies whatever their task's routes are.
+    """
+
+    def is_used(address: Address) -> bool:
+        if address.owner is None:
+            tasks = [of_task[address.unit][address.layer] for of_task in routes.values()]
+            return shared_samples > 0 or any(route != OWN for route in tasks)
+        if address.owner not in routes:
+            return False
+        of_task = routes[address.owner]
+        if address.unit == "router":
+            return any(LEARNED in layers for layers in of_task.values())
+        return address.unit in ("head", "neck") or of_task[address.unit][address.layer] != SHARED
+
+    return {name for name in names if not is_used(address_of(name))}
 
 
 def check_rules(recipe: Recipe, names: Iterable[str]) -> None:

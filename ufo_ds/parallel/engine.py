@@ -13,7 +13,7 @@ from torch import Tensor
 from ufo_ds.data.mixing import Batch
 from ufo_ds.evaluation.benchmarks import Predictions, TaskImages, join, predict
 from ufo_ds.model.heads import LOSSES, TaskHead
-from ufo_ds.model.parameters import check_rules, update_rule
+from ufo_ds.model.parameters import check_rules, unused, update_rule
 from ufo_ds.model.supernet import Pretrained, Supernet, init_weights
 from ufo_ds.parallel.averages import BufferAverages, averaged
 from ufo_ds.parallel.batches import exchange_samples
@@ -60,6 +60,7 @@ class Engine:
         self.deepspeed = self._initialize()
         slices = list(parameter_slices(self))
         self.optimizer.prepare(slices, {piece.name: update_rule(piece.name, recipe) for piece in slices})
+        self._planned: dict[str, dict[str, tuple[str, ...]]] = {}  # the routes that the optimizer's plans are for
         self.buffer_averages = BufferAverages(self)
         self.device = self.deepspeed.device
         names = list(self.samples)
@@ -154,6 +155,9 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         last = self.deepspeed.is_gradient_accumulation_boundary()
+        if last and self._planned != self.model.routes:
+            self._planned = dict(self.model.routes)
+            self.optimizer.leave_out(unused([name for name, _ in self.model.named_parameters()], self._planned))
         self.deepspeed.step()
         if last:
             self.buffer_averages.update()
