@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from ufo_ds import losses
-from ufo_ds.model.batch_norm import BatchNorm
-from ufo_ds.model.heads import LOSSES, TaskHead
+from ufo_ds.model.heads import LOSSES, BatchNormNeck, TaskHead
 from ufo_ds.recipe import CosFace, CrossEntropy, Head, Loss, Optimizer, Schedule, Triplet
 from ufo_ds.training.schedule import learning_rate
 
@@ -155,7 +154,7 @@ def test_triplet_gradients_are_those_of_finite_differences():
 
 def make_necks(dim=5):
     """Ours and torch's, whose shift is zero, with the same weights."""
-    ours, theirs = BatchNorm(dim, bias=False), torch.nn.BatchNorm1d(dim)
+    ours, theirs = BatchNormNeck(dim), torch.nn.BatchNorm1d(dim)
     with torch.no_grad():
         ours.weight.copy_(theirs.weight.copy_(1 + randn(dim)))
     return ours, theirs

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import ViTConfig, ViTModel
 
 from ufo_ds.errors import UserError
-from ufo_ds.model.batch_norm import BatchNorm
+from ufo_ds.model.heads import BatchNormNeck
 from ufo_ds.model.layers import resize_position
 from ufo_ds.model.spec import SubnetSpec
 from ufo_ds.model.supernet import Pretrained
@@ -82,7 +82,7 @@ def vit_state(recipe: Recipe, spec: SubnetSpec, read: Read) -> dict[str, Tensor]
     state["pooler.dense.weight"], state["pooler.dense.bias"] = torch.eye(dim), torch.zeros(dim)
     if task.head.type == "margin":
         neck = f"heads.{task.name}.neck"
-        scale = read(f"{neck}.weight") * torch.rsqrt(read(f"{neck}.running_var") + BatchNorm.eps)
+        scale = read(f"{neck}.weight") * torch.rsqrt(read(f"{neck}.running_var") + BatchNormNeck.eps)
         state["pooler.dense.weight"] = torch.diag(scale)
         state["pooler.dense.bias"] = -scale * read(f"{neck}.running_mean")
     return state

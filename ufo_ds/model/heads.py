@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ufo_ds import losses
-from ufo_ds.model.batch_norm import BatchNorm
 from ufo_ds.model.classifiers import Classifier, CosineClassifier, HolderGroup, LinearClassifier
 from ufo_ds.model.packing import Segment, split
 from ufo_ds.recipe import ArcFace, Circle, CosFace, CrossEntropy, Head, Loss
@@ -19,6 +18,47 @@ from ufo_ds.seeding import torch_generator
 
 LOSSES = ("cross_entropy", "cosface", "am_softmax", "arcface", "circle", "triplet")
 Moment = tuple[int, int]  # step, micro-step
+
+
+class BatchNormNeck(nn.Module):
+    """Batch normalisation of the feature before a margin classifier, without a shift (BNNeck, Luo et al., 2019).
+
+    Statistics are those of all samples of the task in the micro-batch, wherever they are; none or one is fine.
+    """
+
+    momentum = 0.1
+    eps = 1e-5
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.register_buffer("running_mean", torch.zeros(dim))
+        self.register_buffer("running_var", torch.ones(dim))
+        self.group = HolderGroup()
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        x_BD = x_BD.float()
+        if self.training:
+            mean_D, var_D = self._batch_statistics(x_BD)
+        else:
+            mean_D, var_D = self.running_mean, self.running_var
+        return (x_BD - mean_D) * torch.rsqrt(var_D + self.eps) * self.weight.float()
+
+    def _batch_statistics(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
+        # Two passes: the mean of squares minus the square of the mean cancels where features hardly differ.
+        total = self.group.all_reduce(torch.cat([x_BD.sum(0), x_BD.new_tensor([float(len(x_BD))])]))
+        found = total[-1].detach()
+        count = found.clamp(min=1.0)
+        mean_D = total[:-1] / count
+        var_D = self.group.all_reduce((x_BD - mean_D).square().sum(0)) / count
+        with torch.no_grad():
+            unbiased_D = var_D * (count / (count - 1).clamp(min=1.0))
+            # No sample says nothing about the mean, one nothing about the variance. As a factor, to not ask the device.
+            self.running_mean.lerp_(mean_D, self.momentum * (found >= 1))
+            self.running_var.lerp_(unbiased_D, self.momentum * (found >= 2))
+        return mean_D, var_D
 
 
 class Outputs(NamedTuple):
@@ -42,8 +82,7 @@ class TaskHead(nn.Module):
     def __init__(self, options: Head, dim: int, num_classes: int, loss: Loss, key: tuple[int | str, ...] = ()):
         super().__init__()
         margin = options.type == "margin"
-        # BNNeck (Luo et al., 2019): without a shift.
-        self.neck = BatchNorm(dim, bias=False) if margin else nn.Identity()
+        self.neck = BatchNormNeck(dim) if margin else nn.Identity()
         self.classifier: Classifier = (CosineClassifier if margin else LinearClassifier)(dim, num_classes)
         self.options, self.loss, self.key = options, loss, key
         self.group = HolderGroup()
@@ -51,7 +90,7 @@ class TaskHead(nn.Module):
     def set_group(self, group: HolderGroup, sharded: bool = False) -> None:
         """The processes that hold the task; ``sharded``: each keeps its part of the classifier's rows."""
         self.group = group
-        if isinstance(self.neck, BatchNorm):
+        if isinstance(self.neck, BatchNormNeck):
             self.neck.group = group
         if sharded:
             self.classifier.keep(group)

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ufo_ds.model.batch_norm import BatchNorm
 from ufo_ds.model.packing import Segment, buckets, concatenate, patchify, split, unpatchify
 
 
@@ -18,8 +17,8 @@ class Embedding(nn.Module):
     """Images to tokens: a stem, a patch projection, class token and position embedding.
 
     Without ``stem`` the projection sees the pixels of each patch, as in the plain ViT. ``stem`` are the channels of
-    3x3 convolutions of stride 2 before it, each with batch norm and ReLU (Xiao et al., 2021); the projection then sees
-    what they leave of a patch. Samples of all tasks in this copy of the unit are normalised together.
+    3x3 convolutions of stride 2 before it, each with group norm and ReLU (Xiao et al., 2021, with a norm that does
+    not mix the samples of a batch); the projection then sees what they leave of a patch.
 
     The position embedding is ``[prefix + h * w, D]``, class token first. A segment with another grid than the unit's
     gets it resized bicubically, as ``transformers.ViTModel(interpolate_pos_encoding=True)`` does.
@@ -53,46 +52,40 @@ class Embedding(nn.Module):
         return concatenate(pieces, patch_ND)
 
     def _stemmed(self, x_NP: Tensor, segments: Sequence[Segment]) -> Tensor:
-        rows = split(x_NP, segments)
-        # Images of one size together, whatever their tasks; without any, no image of one patch.
-        by_grid: dict[tuple[int, int], list[int]] = {}
+        if not segments:  # no image, through all layers
+            return self._convolved(x_NP.new_zeros(0, 3, self.patch_size, self.patch_size), 0)
+        # Images of one size in one call, whatever their tasks.
+        rows, by_grid = split(x_NP, segments), dict[tuple[int, int], list[int]]()
         for i, segment in enumerate(segments):
             by_grid.setdefault(segment.grid_hw, []).append(i)
-        maps = [
-            torch.cat([unpatchify(rows[i], segments[i], self.patch_size) for i in indices])
-            for indices in by_grid.values()
-        ] or [x_NP.new_zeros(0, 3, self.patch_size, self.patch_size)]
-        for layer in self.stem:
-            maps = layer(maps)
-        prefix = segments[0].prefix if segments else 0
-        stemmed = [patchify(x_BCHW, self.rest, prefix) for x_BCHW in maps]
-        if not segments:
-            return stemmed[0]
         pieces: dict[int, Tensor] = {}
-        for y_NP, indices in zip(stemmed, by_grid.values(), strict=True):
+        for indices in by_grid.values():
+            images = [unpatchify(rows[i], segments[i], self.patch_size) for i in indices]
+            y_NP = self._convolved(concatenate(images, images[0]), segments[0].prefix)
             pieces |= zip(indices, y_NP.split([segments[i].rows for i in indices]), strict=True)
         return concatenate([pieces[i] for i in range(len(segments))], x_NP)
 
+    def _convolved(self, x_BCHW: Tensor, prefix: int) -> Tensor:
+        for layer in self.stem:
+            x_BCHW = layer(x_BCHW)
+        return patchify(x_BCHW, self.rest, prefix)
+
 
 class StemLayer(nn.Module):
-    """3x3 convolution of stride 2, batch norm, ReLU; halves height and width, rounded up."""
+    """3x3 convolution of stride 2, group norm, ReLU; halves height and width, rounded up."""
 
     def __init__(self, channels_in: int, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels_in, channels, 3, stride=2, padding=1, bias=False)
-        self.norm = BatchNorm(channels)
+        self.norm = nn.GroupNorm(stem_groups(channels), channels)
 
-    def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """``maps`` ``[B, C, H, W]`` of images of several sizes, which are normalised together."""
-        maps = [self.conv(x_BCHW) for x_BCHW in maps]
-        if len(maps) == 1:
-            return [F.relu(self.norm(maps[0]))]
-        rows = [x_BCHW.movedim(1, -1).flatten(0, -2) for x_BCHW in maps]
-        y_NC = F.relu(self.norm(torch.cat(rows)))
-        return [
-            y.view(len(x), *x.shape[2:], -1).movedim(-1, 1)
-            for x, y in zip(maps, y_NC.split([len(x) for x in rows]), strict=True)
-        ]
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return F.relu(self.norm(self.conv(x_BCHW)))
+
+
+def stem_groups(channels: int) -> int:
+    """Groups of 8 channels where they divide (Wu and He, 2018, keep 16), else one."""
+    return channels // 8 if channels % 8 == 0 else 1
 
 
 def resize_position(position_LD: Tensor, grid_hw: tuple[int, int], to_hw: tuple[int, int]) -> Tensor:

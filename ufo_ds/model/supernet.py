@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.errors import UserError
 from ufo_ds.model import classifiers
-from ufo_ds.model.batch_norm import BatchNorm
 from ufo_ds.model.experts import LEARNED, OWN, SHARED, RoutedUnit
-from ufo_ds.model.heads import Outputs, TaskHead, TaskHeads
+from ufo_ds.model.heads import BatchNormNeck, Outputs, TaskHead, TaskHeads
 from ufo_ds.model.layers import FFN, Attention, Embedding, Norm
 from ufo_ds.model.packing import Part, Segment, concatenate, join, overlap, patchify, split
 from ufo_ds.model.router import Choices, Place, Router
@@ -125,7 +124,7 @@ class Supernet(nn.Module):
             self.mean.copy_(torch.tensor(self.recipe.data.mean)[:, None, None] * 255)
             self.std.copy_(torch.tensor(self.recipe.data.std)[:, None, None] * 255)
             for module in self.modules():
-                if isinstance(module, BatchNorm):
+                if isinstance(module, BatchNormNeck):
                     module.running_mean.zero_()
                     module.running_var.fill_(1.0)
 

@@ -1,6 +1,6 @@
 """Moving averages of the weights: kept beside the optimizer's state, and put in the weights' place for evaluation.
 
-Of parameters the optimizer keeps them; batch norms' running statistics are averaged here in the same way.
+Of parameters the optimizer keeps them; the necks' running statistics are averaged here in the same way.
 """
 
 from collections.abc import Iterator
@@ -19,28 +19,28 @@ if TYPE_CHECKING:
     from ufo_ds.parallel.engine import Engine
 
 
-def running_statistics(engine: "Engine") -> dict[str, Tensor]:
-    """The batch norms' running means and variances that live on this rank, by name."""
+def head_buffers(engine: "Engine") -> dict[str, Tensor]:
+    """The running statistics of this rank's heads, by name."""
     return {
         name: buffer
         for name, buffer in engine.model.named_buffers()
-        if name.endswith(("running_mean", "running_var")) and EMPTY not in name
+        if name.startswith("heads.") and EMPTY not in name and buffer.is_floating_point()
     }
 
 
 class BufferAverages:
-    """Moving averages of the running statistics; ``values`` are their tensors by name, none without
+    """Moving averages of the heads' running statistics; ``values`` are their tensors by name, none without
     ``optimizer.average``."""
 
     def __init__(self, engine: "Engine"):
         self.engine, self.decay = engine, engine.recipe.optimizer.average
-        self.values = {} if self.decay is None else {n: b.clone() for n, b in running_statistics(engine).items()}
+        self.values = {} if self.decay is None else {n: b.clone() for n, b in head_buffers(engine).items()}
 
     def update(self) -> None:
         """To be called after each step of the optimizer."""
         if self.decay is not None:
             keep = average_decay(self.decay, self.engine.optimizer.steps)
-            for name, buffer in running_statistics(self.engine).items():
+            for name, buffer in head_buffers(self.engine).items():
                 self.values[name].lerp_(buffer, 1 - keep)
 
 
@@ -60,7 +60,7 @@ def averaged(engine: "Engine") -> Iterator[None]:
 
 @torch.no_grad()
 def _swap(engine: "Engine") -> None:
-    buffers, averages = running_statistics(engine), engine.buffer_averages.values
+    buffers, averages = head_buffers(engine), engine.buffer_averages.values
     pairs = [(flat, state[AVERAGE]) for flat, state in engine.optimizer.state.items()]
     for a, b in pairs + [(buffers[name], averages[name]) for name in buffers]:
         kept = a.detach().clone()

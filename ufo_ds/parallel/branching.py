@@ -8,23 +8,23 @@ from torch import Tensor
 
 from ufo_ds.model.layers import resize_position
 from ufo_ds.model.supernet import Supernet
-from ufo_ds.parallel.averages import running_statistics
 from ufo_ds.parallel.engine import Engine
 from ufo_ds.parallel.experts import EMPTY
 from ufo_ds.parallel.shards import make_state, optimizer_state, parameter_slices, refresh_low_precision
 
 
 def branch(engine: Engine) -> None:
-    """Give every own copy of a unit all that the shared copy has, optimizer state and running statistics too, and every
-    task the routes of the recipe. Every rank calls it.
+    """Give every own copy of a unit the value and the optimizer state of the shared copy, and every task the routes of
+    the recipe. Every rank calls it.
 
     A position embedding is resized to its task's grid; where that changes its size its optimizer state stays as it is.
     """
     slices = {piece.name: piece for piece in parameter_slices(engine)}
     copies: dict[str, list[str]] = {}
     for name in slices:
-        if _shared(name) != name:
-            copies.setdefault(_shared(name), []).append(name)
+        shared = re.sub(r"\.own\.[^.]+\.", ".shared.", name)
+        if shared != name:
+            copies.setdefault(shared, []).append(name)
     for shared in sorted(copies):  # all ranks have copies, empty ones perhaps, of the same units
         source = slices[shared]
         state = optimizer_state(engine, source.flat)
@@ -40,16 +40,8 @@ def branch(engine: Engine) -> None:
                     continue
                 value = _fitted(whole, engine.model, name).flatten()[target.start : target.start + target.length]
                 target.of(target.flat if kind == "weight" else make_state(engine, target.flat, kind)).copy_(value)
-    for tensors in (running_statistics(engine), engine.buffer_averages.values):
-        for name, tensor in tensors.items():
-            tensor.copy_(tensors[_shared(name)])
     engine.model.set_routes(engine.model.routes_of_recipe())
     refresh_low_precision(engine)
-
-
-def _shared(name: str) -> str:
-    """The name of the shared copy's parameter or buffer."""
-    return re.sub(r"\.own\.[^.]+\.", ".shared.", name)
 
 
 def _fitted(value: Tensor, model: Supernet, name: str) -> Tensor:

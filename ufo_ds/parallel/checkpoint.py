@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from ufo_ds.checkpoint import WRITE_ERRORS, Index, Parameter, Reader, average_of, entry_of, name_of, publish
 from ufo_ds.errors import UserError
-from ufo_ds.parallel.averages import running_statistics
+from ufo_ds.parallel.averages import head_buffers
 from ufo_ds.parallel.engine import Engine
 from ufo_ds.parallel.experts import EMPTY
 from ufo_ds.parallel.shards import make_state, optimizer_state, parameter_slices, refresh_low_precision
@@ -63,7 +63,7 @@ def _write(engine: Engine, directory: Path) -> dict[str, Any]:
             tensors |= {f"{piece.name}|{kind}": piece.of(t).cpu().clone() for kind, t in tensors_of.items()}
     buffers = {}
     if engine.placement.replica(engine.rank) == 0:
-        buffers = {name: buffer.cpu().clone() for name, buffer in running_statistics(engine).items()}
+        buffers = {name: buffer.cpu().clone() for name, buffer in head_buffers(engine).items()}
         buffers |= {average_of(name): value.cpu().clone() for name, value in engine.buffer_averages.values.items()}
     path = directory / f"rank-{engine.rank:05d}.safetensors"
     save_file(tensors | buffers, path)
@@ -109,7 +109,7 @@ def load(engine: Engine, directory: Path) -> Index:
             if piece.length:
                 piece.of(target).copy_(reader.read(piece.name, kind, piece.start, stop))
         optimizer_state(engine, piece.flat).update(found.scalars)
-    for name, buffer in running_statistics(engine).items():
+    for name, buffer in head_buffers(engine).items():
         buffer.copy_(reader.stored_buffer(name))
     for name, value in engine.buffer_averages.values.items():
         value.copy_(reader.stored_buffer(average_of(name)))

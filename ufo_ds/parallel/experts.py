@@ -16,7 +16,6 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from ufo_ds.model.batch_norm import BatchNorm
 from ufo_ds.model.classifiers import parts
 from ufo_ds.model.experts import RoutedUnit, TaskExperts
 from ufo_ds.model.heads import Moment, Outputs, TaskHead, TaskHeads
@@ -172,11 +171,6 @@ def parallelize(model: Supernet, placement: Placement, rank: int, samples: dict[
     for module in list(model.modules()):
         if isinstance(module, RoutedUnit) and isinstance(module.own, TaskExperts):
             module.own = ExpertParallelUnits(module.own, placement, rank, layer_exchange)
-    everyone = RankGroup(groups._get_data_parallel_group())
-    holders = RankGroup(groups._get_expert_data_parallel_group(f"ep_size_{placement.ep_size}"))
-    for name, module in model.named_modules():
-        if isinstance(module, BatchNorm):
-            module.group = holders if ".own." in name else everyone
     assert isinstance(model.heads, TaskHeads)
     model.heads = ExpertParallelHeads(model.heads, placement, rank, layer_exchange)
     return model
