@@ -20,12 +20,12 @@ PATHS = {
 }
 
 
-def make_recipe(**model):
+def make_recipe(inputs=((16, 16), (24, 16)), backbone=None, **model):
     return recipe_file.parse(
         {
             "name": "test",
             "model": {
-                "backbone": {"dim": 16, "depth": 2, "heads": 2, "patch_size": 8},
+                "backbone": {"dim": 16, "depth": 2, "heads": 2, "patch_size": 8, **(backbone or {})},
                 "experts": ["embed", "ffn"],
                 **model,
             },
@@ -34,7 +34,7 @@ def make_recipe(**model):
                     "name": "digits",
                     "head": {"type": "linear"},
                     "loss": {"cross_entropy": {}},
-                    "input": [16, 16],
+                    "input": inputs[0],
                     "samples_per_step": 8,
                     "routes": {"ffn": ["own", "shared"]},
                 },
@@ -42,7 +42,7 @@ def make_recipe(**model):
                     "name": "glyphs",
                     "head": {"type": "margin"},
                     "loss": {"cosface": {}},
-                    "input": [24, 16],
+                    "input": inputs[1],
                     "samples_per_step": 8,
                     "routes": {"embed": "shared", "ffn": ["shared", "own"]},
                 },

@@ -36,6 +36,7 @@ def test_an_extracted_model_is_certified_on_image_files(tmp_path, reader, extrac
     certificate = extraction.verify(reader, spec_of(reader, task), copied, make_images())
     assert json.loads((copied / "certificate.json").read_text()) == certificate
     assert certificate["passed"] is True
+    assert certificate["loaded_by"] == "transformers"
     assert certificate["max_difference"] <= 1e-5
     assert (certificate["task"], certificate["step"], certificate["images"]) == (task, 10, 8)
 

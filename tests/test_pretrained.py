@@ -74,6 +74,13 @@ def test_a_vit_of_another_size_is_refused(tmp_path, changes, message):
         pretrained_values(make_recipe(init=str(tmp_path)))
 
 
+@pytest.mark.parametrize("backbone", [{"stem": [8, 16]}, {"pool": "mean"}])
+def test_a_backbone_that_is_no_stock_vit_starts_from_none(tmp_path, backbone):
+    save_vit(tmp_path)
+    with pytest.raises(UserError, match=r"^model.init [^\n]*: leave model.init out, or stem and pool$"):
+        pretrained_values(make_recipe(init=str(tmp_path), backbone=backbone))
+
+
 def test_what_is_no_vit_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"^model.init [^\n]* is no ViT checkpoint: [^\n]*$"):
         pretrained_values(make_recipe(init=str(tmp_path)))

@@ -1,10 +1,12 @@
-"""The same weights by two naming schemes: one dense path of the supernet, and transformers' ``ViTModel``.
+"""The same weights by two naming schemes: one dense path of the supernet, and transformers' ``ViTModel`` (for what that
+has not, a stem or mean pooling, ``UfoViTModel``).
 
 For retrieval the neck's batch norm becomes the stock pooler: a diagonal dense layer with a linear activation, so that
 ``pooler_output`` is the embedding. For classification the pooler is the identity.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +14,18 @@ from transformers import ViTConfig, ViTModel
 
 from ufo_ds.errors import UserError
 from ufo_ds.model.heads import BatchNormNeck
+from ufo_ds.model.hub import UfoViTConfig
 from ufo_ds.model.layers import resize_position
 from ufo_ds.model.spec import SubnetSpec
 from ufo_ds.model.supernet import Pretrained
-from ufo_ds.recipe import Recipe
+from ufo_ds.recipe import Backbone, Recipe
 
 Read = Callable[[str], Tensor]  # a parameter or buffer of the supernet by its name
+
+
+def is_stock(backbone: Backbone) -> bool:
+    """Whether ``ViTModel`` has room for it."""
+    return not backbone.stem and backbone.pool == "cls"
 
 
 def path_names(spec: SubnetSpec, depth: int) -> Iterator[tuple[str, str]]:
@@ -36,23 +44,26 @@ def path_names(spec: SubnetSpec, depth: int) -> Iterator[tuple[str, str]]:
 
 
 def vit_config(recipe: Recipe, task: str) -> ViTConfig:
-    """The ``ViTConfig`` of a task's dense model."""
+    """The config of a task's dense model: a ``ViTConfig`` or, where the backbone is not stock, a ``UfoViTConfig``."""
     backbone = recipe.model.backbone
     height, width = next(t.input for t in recipe.tasks if t.name == task)
-    return ViTConfig(
-        hidden_size=backbone.dim,
-        num_hidden_layers=backbone.depth,
-        num_attention_heads=backbone.heads,
-        intermediate_size=round(backbone.dim * backbone.mlp_ratio),
-        layer_norm_eps=backbone.layer_norm_eps,
-        image_size=height if height == width else [height, width],
-        patch_size=backbone.patch_size,
-        pooler_act="linear",
-    )
+    values: dict[str, Any] = {
+        "hidden_size": backbone.dim,
+        "num_hidden_layers": backbone.depth,
+        "num_attention_heads": backbone.heads,
+        "intermediate_size": round(backbone.dim * backbone.mlp_ratio),
+        "layer_norm_eps": backbone.layer_norm_eps,
+        "image_size": height if height == width else [height, width],
+        "patch_size": backbone.patch_size,
+        "pooler_act": "linear",
+    }
+    if is_stock(backbone):
+        return ViTConfig(**values)
+    return UfoViTConfig(stem=backbone.stem, pool=backbone.pool, **values)
 
 
 def vit_state(recipe: Recipe, spec: SubnetSpec, read: Read) -> dict[str, Tensor]:
-    """State of ``ViTModel`` for a path, reading only its parameters."""
+    """State of the dense model for a path, reading only its parameters."""
     backbone = recipe.model.backbone
     task = next(t for t in recipe.tasks if t.name == spec.task)
     patch, dim = backbone.patch_size, backbone.dim
@@ -62,11 +73,15 @@ def vit_state(recipe: Recipe, spec: SubnetSpec, read: Read) -> dict[str, Tensor]
         if theirs == "embeddings":
             base = task.input if ".own." in ours else recipe.model.input or recipe.tasks[0].input
             position = resize_position(read(f"{ours}.position"), (base[0] // patch, base[1] // patch), to_hw)
-            state["embeddings.cls_token"] = read(f"{ours}.cls")[None]
+            if backbone.prefix:
+                state["embeddings.cls_token"] = read(f"{ours}.cls")[None]
             state["embeddings.position_embeddings"] = position[None]
-            projection = "embeddings.patch_embeddings.projection"
-            state[f"{projection}.weight"] = read(f"{ours}.patch.weight").view(dim, 3, patch, patch)
-            state[f"{projection}.bias"] = read(f"{ours}.patch.bias")
+            embeddings, rest = "embeddings.patch_embeddings", patch // 2 ** len(backbone.stem)
+            for i in range(len(backbone.stem)):
+                for name in ("conv.weight", "norm.weight", "norm.bias"):
+                    state[f"{embeddings}.stem.{i}.{name}"] = read(f"{ours}.stem.{i}.{name}")
+            state[f"{embeddings}.projection.weight"] = read(f"{ours}.patch.weight").view(dim, -1, rest, rest)
+            state[f"{embeddings}.projection.bias"] = read(f"{ours}.patch.bias")
         elif theirs.endswith("attention"):
             for kind in ("weight", "bias"):
                 qkv = read(f"{ours}.qkv.{kind}").chunk(3)
@@ -93,10 +108,15 @@ def pretrained_values(recipe: Recipe) -> Pretrained:
     position embeddings are resized to each copy's grid. Heads and the router are drawn.
 
     Raises:
-        UserError: it cannot be loaded, or is of another size.
+        UserError: it cannot be loaded, or is of another size or kind.
     """
     source, backbone = recipe.model.init, recipe.model.backbone
     assert source is not None
+    if not is_stock(backbone):
+        raise UserError(
+            f"model.init {source!r} is a ViT with a class token and no stem, model.backbone has stem {backbone.stem} "
+            f"and pool {backbone.pool!r}: leave model.init out, or stem and pool"
+        )
     try:
         model = ViTModel.from_pretrained(source, add_pooling_layer=False)
     except (OSError, ValueError) as error:

@@ -1,7 +1,9 @@
 """One path of a checkpoint as a dense Hugging Face model, and the certificate that it computes the same.
 
-The directory needs no code of ours: ``ViTModel`` (embedding in ``pooler_output``) or, for a classification task,
-``ViTForImageClassification``, with the settings of its image processor, a model card and the spec of the path.
+The directory holds a ``ViTModel`` (embedding in ``pooler_output``) or, for a classification task,
+``ViTForImageClassification``, with the settings of its image processor, a model card and the spec of the path; no code.
+A backbone with a stem or mean pooling, which these have no room for, is a ``UfoViTModel`` or
+``UfoViTForImageClassification``: they load after ``import ufo_ds.model.hub``.
 """
 
 import io
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
@@ -25,13 +28,15 @@ from ufo_ds.checkpoint import Reader, write_text
 from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.data.transforms import evaluation_transform
 from ufo_ds.errors import UserError
-from ufo_ds.model.dense import vit_config, vit_state
+from ufo_ds.model.dense import is_stock, vit_config, vit_state
+from ufo_ds.model.hub import UfoViTConfig, UfoViTForImageClassification, UfoViTModel
 from ufo_ds.model.loading import check_path, load_supernet
 from ufo_ds.model.spec import SubnetSpec
 from ufo_ds.recipe import Recipe, Task
 
 TOLERANCE = 1e-5  # of the largest output, in fp32
 CERTIFICATE = "certificate.json"
+HUB = "ufo_ds.model.hub"  # imported above: what is not stock loads only with it
 
 
 def extract(reader: Reader, spec: SubnetSpec, out: Path) -> int:
@@ -49,12 +54,13 @@ def extract(reader: Reader, spec: SubnetSpec, out: Path) -> int:
 
     config = vit_config(recipe, spec.task)
     state = vit_state(recipe, spec, read)
-    model_class: type = ViTModel
+    stock = is_stock(recipe.model.backbone)
+    model_class: type = ViTModel if stock else UfoViTModel
     if task.head.type == "linear":
         names = reader.index.classes[spec.task]
         config.id2label = dict(enumerate(names))
         config.label2id = {name: label for label, name in enumerate(names)}
-        model_class = ViTForImageClassification
+        model_class = ViTForImageClassification if stock else UfoViTForImageClassification
         state = {f"vit.{name}": value for name, value in state.items()}
         state["classifier.weight"] = read(f"heads.{spec.task}.classifier.weight")
         state["classifier.bias"] = read(f"heads.{spec.task}.classifier.bias")
@@ -105,8 +111,8 @@ def verify(reader: Reader, spec: SubnetSpec, directory: Path, images: list[bytes
     with torch.no_grad():
         wanted = supernet(batch)[task.name]
     try:
-        processor, found = _run_stock(directory, images, classify=task.head.type == "linear")
-    except (OSError, ValueError, RuntimeError) as error:
+        processor, found = _run_extracted(directory, images, classify=task.head.type == "linear")
+    except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
         raise UserError(f"{directory} does not run: {str(error).splitlines()[0]}") from None
     # torch's maximum keeps a NaN, which then passes no comparison; a model without any number is no model.
     absolute = torch.stack([(a - b).abs().max() for a, b in zip(found, wanted, strict=False)])
@@ -122,6 +128,7 @@ def verify(reader: Reader, spec: SubnetSpec, directory: Path, images: list[bytes
         "max_absolute_difference": furthest,
         "tolerance": TOLERANCE,
         "image_processor": processor,
+        "loaded_by": "transformers" if is_stock(reader.recipe.model.backbone) else f"transformers and {HUB}",
         "passed": difference <= TOLERANCE,
     }
     write_text(directory / CERTIFICATE, json.dumps(certificate, indent=2) + "\n")
@@ -133,8 +140,9 @@ def verify(reader: Reader, spec: SubnetSpec, directory: Path, images: list[bytes
     return certificate
 
 
-def _run_stock(directory: Path, images: list[bytes], classify: bool) -> tuple[str, list[torch.Tensor]]:
-    """Image files through what is in the directory, by transformers alone: embeddings, and logits to classify."""
+def _run_extracted(directory: Path, images: list[bytes], classify: bool) -> tuple[str, list[torch.Tensor]]:
+    """Image files through what is in the directory, by transformers alone, or for what is not stock with
+    :mod:`ufo_ds.model.hub` imported: embeddings, and logits to classify."""
     processor = AutoImageProcessor.from_pretrained(directory)
     pixels = processor(images=[Image.open(io.BytesIO(image)) for image in images], return_tensors="pt").pixel_values
     with torch.no_grad():
@@ -159,6 +167,12 @@ def _card(reader: Reader, task: Task, spec: SubnetSpec, parameters: int) -> str:
         "AutoModelForImageClassification.from_pretrained(path)(**inputs).logits" if linear
         else "AutoModel.from_pretrained(path)(**inputs).pooler_output  # compare by cosine"
     )  # fmt: skip
+    stock = is_stock(reader.recipe.model.backbone)
+    register = "" if stock else f"import {HUB}  # registers the model's class with transformers\n"
+    needs = "" if stock else f"""
+The model has a convolutional stem or mean pooling, which transformers' ViT lacks, so its class comes with the package
+`ufo_ds`. Without `import {HUB}`, transformers does not know the model type `{UfoViTConfig.model_type}`.
+"""  # fmt: skip
     routes = asdict(spec)["routes"]
     rows = "\n".join(f"| {unit} | {' '.join(layers)} |" for unit, layers in routes.items())
     scores = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items()) or "| none recorded | |"
@@ -176,11 +190,11 @@ The dense model of the task `{task.name}`, cut out of the multi-task supernet `{
 ```python
 from PIL import Image
 from transformers import AutoImageProcessor, {"AutoModelForImageClassification" if linear else "AutoModel"}
-
+{register}
 inputs = AutoImageProcessor.from_pretrained(path)(Image.open(file), return_tensors="pt")
 {use}
 ```
-
+{needs}
 | metric of the supernet at that step | |
 |---|---|
 {scores}
