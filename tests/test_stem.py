@@ -15,16 +15,27 @@ from ufo_ds.model.spec import UNITS
 PLAIN = {"dim": 16, "depth": 3, "heads": 2, "patch_size": 8, "mlp_ratio": 3}
 
 
+class Residual(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
 def conv_net(unit, groups):
     """A stem and the patch projection as one sequential network of images, with the values of ``unit``."""
-    layers = []
+    layers, channels, side = [], 3, unit.patch_size
     for layer, number in zip(unit.stem, groups, strict=True):
-        conv = nn.Conv2d(layer.conv.in_channels, layer.conv.out_channels, 3, stride=2, padding=1, bias=False)
-        norm = nn.GroupNorm(number, layer.conv.out_channels)
+        before, after = layer.conv.in_channels, layer.conv.out_channels
+        conv = nn.Conv2d(before, after, 3, stride=1 if before == after else 2, padding=1, bias=False)
+        norm = nn.GroupNorm(number, after)
         conv.weight.data, norm.weight.data, norm.bias.data = layer.conv.weight.data, layer.norm.weight, layer.norm.bias
-        layers += [conv, norm, nn.ReLU()]
-    side = unit.patch_size // 2 ** len(groups)
-    last = nn.Conv2d(layers[-3].out_channels if layers else 3, unit.position.shape[1], side, stride=side)
+        plain = nn.Sequential(conv, norm, nn.ReLU())
+        layers.append(Residual(plain) if before == after else plain)
+        channels, side = after, side // (1 if before == after else 2)
+    last = nn.Conv2d(channels, unit.position.shape[1], side, stride=side)
     last.weight.data, last.bias.data = unit.patch.weight.data.view(last.weight.shape), unit.patch.bias.data
     return nn.Sequential(*layers, last)
 
@@ -46,12 +57,12 @@ def scrambled_embedding(*args, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("patch", "stem", "groups", "prefix"),  # 8 channels to a group
+    ("patch", "stem", "groups", "prefix"),  # 16 channels to a group
     [
-        (8, [8, 16, 24], [1, 2, 3], 1),
-        (8, [8, 16, 24], [1, 2, 3], 0),
-        (8, [16], [2], 1),  # leaves 4 x 4 of a patch
-        (16, [12, 16], [1, 2], 0),  # 12 is no multiple of 8
+        (8, [16, 32, 48], [1, 2, 3], 1),
+        (8, [16, 32, 32, 48, 48, 48], [1, 2, 2, 3, 3, 3], 0),
+        (8, [32], [2], 1),  # leaves 4 x 4 of a patch
+        (16, [24, 32], [1, 2], 0),  # 24 is no multiple of 16
         (6, [5], [1], 1),  # leaves 3 x 3
         (4, [], [], 1),
     ],
@@ -150,7 +161,7 @@ def reference(model, task, pixels, groups):
     return F.layer_norm(x_BLD, (16,), norm.weight, norm.bias, 1e-6)
 
 
-@pytest.mark.parametrize(("stem", "groups"), [([], []), ([8, 16], [1, 2])])
+@pytest.mark.parametrize(("stem", "groups"), [([], []), ([16, 32, 32], [1, 2, 2])])
 def test_with_mean_pooling_the_feature_is_the_mean_of_the_patches_tokens(stem, groups):
     recipe = make_recipe("own", backbone={**PLAIN, "pool": "mean", "stem": stem})
     model = scrambled(recipe).eval()

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import torch
@@ -39,8 +41,9 @@ class Backbone:
     patch_size: Positive
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
     layer_norm_eps: float = 1e-6
-    # Channels of 3x3 convolutions of stride 2 before the patch projection, which sees the rest of a patch; none: a
-    # plain ViT. With patch_size 16, four of them leave one position for each token.
+    # Channels of the 3x3 convolutions before the patch projection, which sees what they leave of a patch; none: a plain
+    # ViT. Those that change the number of channels halve the size, the others are residual: with patch_size 16,
+    # [24, 48, 48, 96, 96, 192, 192] leaves one position for each token.
     stem: list[Positive] = dataclasses.field(default_factory=list)
     pool: Literal["cls", "mean"] = "cls"  # the feature: the class token, or without one the mean of the patches' tokens
     name: str = "custom"
@@ -64,9 +67,9 @@ class Backbone:
 
     @model_validator(mode="after")
     def _stem_divides(self) -> "Backbone":
-        if self.patch_size % 2 ** len(self.stem):
+        if self.patch_size % stem_stride(self.stem):
             raise ValueError(
-                f"patch_size {self.patch_size} is not a multiple of the stem's stride {2 ** len(self.stem)}: "
+                f"patch_size {self.patch_size} is not a multiple of the stem's stride {stem_stride(self.stem)}: "
                 "drop a layer of the stem or change patch_size"
             )
         return self
@@ -432,6 +435,11 @@ class Recipe:
 def number_of_routes(unit: str, depth: int) -> int:
     """How often a unit is routed: once per block; the embedding once; norms in every block and after the last."""
     return {"embed": 1, "norm": depth + 1}.get(unit, depth)
+
+
+def stem_stride(stem: Sequence[int]) -> int:
+    """By how much a stem reduces height and width: by 2 with every change of the number of channels."""
+    return 2 ** sum(a != b for a, b in pairwise([3, *stem]))
 
 
 def only(recipe: Recipe, names: list[str]) -> Recipe:

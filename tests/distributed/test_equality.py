@@ -18,13 +18,14 @@ EVERYTHING = ("embed", "norm", "attn", "ffn")
 
 def case(
     ep, stage, exchange="aligned", routes="learned", tasks=4, optimizer="sgd", clipping=0.5, accumulation=2, last=2,
-    experts=EVERYTHING, probe=1.0, shared_samples=0.0, sharded=(), sampled=(),
+    experts=EVERYTHING, probe=1.0, shared_samples=0.0, sharded=(), sampled=(), backbone=None,
 ):  # fmt: skip
     return {
         "ep": ep, "stage": stage, "exchange": exchange, "routes": routes, "tasks": tasks, "optimizer": optimizer,
         "clipping": clipping, "accumulation": accumulation, "last": last, "experts": list(experts),
         "probe": probe, "shared_samples": shared_samples,
         "sharded": list(sharded), "sampled": list(sampled),
+        "backbone": backbone or {},
     }  # fmt: skip
 
 

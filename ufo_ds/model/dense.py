@@ -18,7 +18,7 @@ from ufo_ds.model.hub import UfoViTConfig
 from ufo_ds.model.layers import resize_position
 from ufo_ds.model.spec import SubnetSpec
 from ufo_ds.model.supernet import Pretrained
-from ufo_ds.recipe import Backbone, Recipe
+from ufo_ds.recipe import Backbone, Recipe, stem_stride
 
 Read = Callable[[str], Tensor]  # a parameter or buffer of the supernet by its name
 
@@ -76,7 +76,7 @@ def vit_state(recipe: Recipe, spec: SubnetSpec, read: Read) -> dict[str, Tensor]
             if backbone.prefix:
                 state["embeddings.cls_token"] = read(f"{ours}.cls")[None]
             state["embeddings.position_embeddings"] = position[None]
-            embeddings, rest = "embeddings.patch_embeddings", patch // 2 ** len(backbone.stem)
+            embeddings, rest = "embeddings.patch_embeddings", patch // stem_stride(backbone.stem)
             for i in range(len(backbone.stem)):
                 for name in ("conv.weight", "norm.weight", "norm.bias"):
                     state[f"{embeddings}.stem.{i}.{name}"] = read(f"{ours}.stem.{i}.{name}")

@@ -18,6 +18,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from ufo_ds.model.layers import StemLayer, resize_position
+from ufo_ds.recipe import stem_stride
 
 
 @strict
@@ -37,7 +38,7 @@ class UfoViTPatchEmbeddings(nn.Module):
     def __init__(self, config: UfoViTConfig):
         super().__init__()
         channels = [config.num_channels, *config.stem]
-        rest = config.patch_size // 2 ** len(config.stem)
+        rest = config.patch_size // stem_stride(config.stem)
         self.patch_size = config.patch_size
         self.stem = nn.Sequential(*(StemLayer(a, b) for a, b in pairwise(channels)))
         self.projection = nn.Conv2d(channels[-1], config.hidden_size, rest, stride=rest)

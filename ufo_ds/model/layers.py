@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ufo_ds.model.packing import Segment, buckets, concatenate, patchify, split, unpatchify
+from ufo_ds.recipe import stem_stride
 
 
 class Embedding(nn.Module):
     """Images to tokens: a stem, a patch projection, class token and position embedding.
 
     Without ``stem`` the projection sees the pixels of each patch, as in the plain ViT. ``stem`` are the channels of
-    3x3 convolutions of stride 2 before it, each with group norm and ReLU (Xiao et al., 2021, with a norm that does
-    not mix the samples of a batch); the projection then sees what they leave of a patch.
+    :class:`StemLayer` s before it; the projection then sees what they leave of a patch.
 
     The position embedding is ``[prefix + h * w, D]``, class token first. A segment with another grid than the unit's
     gets it resized bicubically, as ``transformers.ViTModel(interpolate_pos_encoding=True)`` does.
@@ -29,7 +29,7 @@ class Embedding(nn.Module):
         self.patch_size, self.grid_hw = patch_size, grid_hw
         channels = [3, *stem]
         self.stem = nn.ModuleList(StemLayer(a, b) for a, b in pairwise(channels))
-        self.rest = patch_size // 2 ** len(stem)  # side of a patch after the stem
+        self.rest = patch_size // stem_stride(stem)  # side of a patch after the stem
         self.patch = nn.Linear(channels[-1] * self.rest**2, dim)
         self.cls = nn.Parameter(torch.empty(prefix, dim)) if prefix else None
         self.position = nn.Parameter(torch.empty(prefix + grid_hw[0] * grid_hw[1], dim))
@@ -72,20 +72,22 @@ class Embedding(nn.Module):
 
 
 class StemLayer(nn.Module):
-    """3x3 convolution of stride 2, group norm, ReLU; halves height and width, rounded up."""
+    """3x3 convolution, group norm, ReLU (Xiao et al., 2021, with a norm that does not mix the samples of a batch).
+
+    A layer that changes the number of channels has stride 2: it halves height and width, rounded up. One that does not
+    keeps them and adds its input to its output.
+    """
 
     def __init__(self, channels_in: int, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels_in, channels, 3, stride=2, padding=1, bias=False)
-        self.norm = nn.GroupNorm(stem_groups(channels), channels)
+        self.residual = channels_in == channels
+        self.conv = nn.Conv2d(channels_in, channels, 3, stride=1 if self.residual else 2, padding=1, bias=False)
+        groups = channels // 16 if channels % 16 == 0 else 1  # 16 channels each, as Wu and He (2018) advise
+        self.norm = nn.GroupNorm(groups, channels)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return F.relu(self.norm(self.conv(x_BCHW)))
-
-
-def stem_groups(channels: int) -> int:
-    """Groups of 8 channels where they divide (Wu and He, 2018, keep 16), else one."""
-    return channels // 8 if channels % 8 == 0 else 1
+        y_BCHW = F.relu(self.norm(self.conv(x_BCHW)))
+        return x_BCHW + y_BCHW if self.residual else y_BCHW
 
 
 def resize_position(position_LD: Tensor, grid_hw: tuple[int, int], to_hw: tuple[int, int]) -> Tensor:

@@ -50,7 +50,7 @@ def update_rule(name: str, recipe: Recipe) -> UpdateRule:
     router have neither, unless a rule of the recipe gives them a weight decay.
     """
     optimizer, address = recipe.optimizer, address_of(name)
-    matrix = name.endswith(".weight") and address.unit not in ("norm", "neck", "router")
+    matrix = name.endswith(".weight") and address.unit not in ("norm", "neck", "router") and ".norm." not in name
     decay = optimizer.weight_decay if matrix else 0.0
     scale = 1.0
     if address.unit != "router":

@@ -157,7 +157,8 @@ class Engine:
         last = self.deepspeed.is_gradient_accumulation_boundary()
         if last and self._planned != self.model.routes:
             self._planned = dict(self.model.routes)
-            self.optimizer.leave_out(unused([name for name, _ in self.model.named_parameters()], self._planned))
+            names = [name for name, _ in self.model.named_parameters()]
+            self.optimizer.leave_out(unused(names, self._planned, self.recipe.model.shared_samples))
         self.deepspeed.step()
         if last:
             self.buffer_averages.update()
