@@ -259,9 +259,9 @@ def test_initial_values_do_not_depend_on_a_tasks_name(monkeypatch, name):
 @pytest.mark.parametrize(
     ("backbone", "message"),
     [
-        ({**PLAIN, "stem": [8, 8, 8, 8]}, "patch_size 8 is not a multiple of the stem's stride 16: drop a layer"),
-        ({**PLAIN, "patch_size": 14, "stem": [8, 8]}, "patch_size 14 is not a multiple of the stem's stride 4"),
-        ({"name": "vit_huge", "stem": [8, 8]}, "patch_size 14 is not a multiple of the stem's stride 4"),
+        ({**PLAIN, "stem": [8, 16, 24, 32]}, "patch_size 8 is not a multiple of the stem's stride 16: drop a layer"),
+        ({**PLAIN, "patch_size": 14, "stem": [8, 16]}, "patch_size 14 is not a multiple of the stem's stride 4"),
+        ({"name": "vit_huge", "stem": [8, 16]}, "patch_size 14 is not a multiple of the stem's stride 4"),
         ({**PLAIN, "stem": [8, 0]}, "stem"),
         ({**PLAIN, "stem": 8}, "stem"),
         ({**PLAIN, "pool": "max"}, "pool"),
