@@ -98,6 +98,14 @@ def test_deepspeed_json(values, words, recipe, tmp_path, capsys):
     assert all(word in error for word in words), error
 
 
+def test_isomorphic_batches_need_the_aligned_exchange(recipe, tmp_path, capsys):
+    (tmp_path / "ds.json").write_text('{"expert_parallel": {"exchange": "input"}}')
+    options = ["--data.batches", "isomorphic"]
+    error = message(capsys, recipe, tmp_path / "run", *options, config=tmp_path / "ds.json")
+    assert 'exchange "input"' in error
+    assert 'data.batches is "isomorphic": use "aligned"' in error
+
+
 def assert_refused(recipe, tmp_path, words, *more, **options):
     run_dir = tmp_path / "run"
     status, lines = outcome(recipe, run_dir, *more, **options)

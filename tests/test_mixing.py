@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ufo_ds.data.layouts import Layout, Sample
-from ufo_ds.data.mixing import Batch, HeterogeneousBatches, loader
+from ufo_ds.data.mixing import Batch, HeterogeneousBatches, IsomorphicBatches, loader
 from ufo_ds.data.shards import write
 from ufo_ds.data.source import TrainSource
 from ufo_ds.data.transforms import evaluation_transform
@@ -155,6 +155,39 @@ def test_accumulation_does_not_change_the_step(sources: dict[str, TrainSource]) 
         for name, task in once[step].tasks.items():
             assert torch.equal(torch.cat([part.tasks[name].images for part in parts]), task.images)
             assert torch.equal(torch.cat([part.tasks[name].labels for part in parts]), task.labels)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 4])
+def test_isomorphic_steps_are_those_of_one_task_in_turn(sources: dict[str, TrainSource], cut: int) -> None:
+    """Steps 0, 2, 4 are the steps 0, 1, 2 of the first task, steps 1, 3, 5 those of the second; over two ranks."""
+    shares = [
+        {"glyphs": range(cut), "person": range(cut, 6)},
+        {"person": range(cut), "glyphs": range(cut, 4)},  # in another order
+    ]
+    ranks = [IsomorphicBatches(sources, share, ACCUMULATION) for share in shares]
+    assert list(sources) == ["glyphs", "person"]
+    for i, (own_i, trained, absent) in enumerate([
+        (0, "glyphs", "person"), (1, "glyphs", "person"), (0, "person", "glyphs"), (1, "person", "glyphs"),
+        (2, "glyphs", "person"), (3, "glyphs", "person"), (2, "person", "glyphs"), (3, "person", "glyphs"),
+    ]):  # fmt: skip
+        parts, expected = [rank[i] for rank in ranks], whole(sources)[own_i].tasks[trained]
+        for part, share in zip(parts, shares, strict=True):
+            assert (part.step, part.micro_step) == (i // 2, i % 2)
+            rows = share[trained]
+            found = part.tasks[trained]
+            assert torch.equal(found.images, expected.images[rows.start : rows.stop])
+            assert torch.equal(found.labels, expected.labels[rows.start : rows.stop])
+            assert (found.positions, found.global_count) == (rows, expected.global_count)
+            other = part.tasks[absent]
+            assert other.images.shape == (0, 3, *sources[absent].task.input)
+            assert (len(other.labels), other.positions, other.global_count) == (0, range(0), 0)
+
+
+def test_isomorphic_batches_from_any_worker_and_start(sources: dict[str, TrainSource]) -> None:
+    dataset = IsomorphicBatches(sources, {"glyphs": range(4), "person": range(6)}, ACCUMULATION)
+    expected = [content(dataset[i]) for i in range(9)]
+    for workers, start in ((0, 3), (2, 0), (1, 5)):
+        assert [content(batch) for batch in loader(dataset, start, 9, workers, pin=False)] == expected[start:]
 
 
 def test_every_sample_once_per_epoch(sources: dict[str, TrainSource]) -> None:

@@ -331,6 +331,8 @@ class Data:
     max_corrupt: Share = 0.001  # share of a task's images that may be unreadable before training stops
     # Keep every training image once decoded and resized: height x width x 3 bytes each, in each loader process.
     cache: bool = False
+    # "isomorphic": each step trains one task alone, the tasks in turn; the losses of the others are 0 in that step.
+    batches: Literal["heterogeneous", "isomorphic"] = "heterogeneous"
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)

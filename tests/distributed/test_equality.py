@@ -18,7 +18,7 @@ EVERYTHING = ("embed", "norm", "attn", "ffn")
 
 def case(
     ep, stage, exchange="aligned", routes="learned", tasks=4, optimizer="sgd", clipping=0.5, accumulation=2, last=2,
-    experts=EVERYTHING, probe=1.0, shared_samples=0.0, sharded=(), sampled=(), backbone=None,
+    experts=EVERYTHING, probe=1.0, shared_samples=0.0, sharded=(), sampled=(), backbone=None, isomorphic=False,
 ):  # fmt: skip
     return {
         "ep": ep, "stage": stage, "exchange": exchange, "routes": routes, "tasks": tasks, "optimizer": optimizer,
@@ -26,6 +26,7 @@ def case(
         "probe": probe, "shared_samples": shared_samples,
         "sharded": list(sharded), "sampled": list(sampled),
         "backbone": backbone or {},
+        "isomorphic": isomorphic,
     }  # fmt: skip
 
 
@@ -75,11 +76,13 @@ def test_two_ranks(tmp_path):
 
 def test_four_ranks(tmp_path):
     # Two data-parallel copies of each expert, and a task with a single sample: absent on a rank that holds it.
-    check(
-        4,
-        [case(2, 3, last=1), case(4, 3, "layer", "frozen", tasks=3), case(2, 2, "input", "frozen", tasks=3)],
-        tmp_path,
-    )
+    cases = [
+        case(2, 3, last=1),
+        case(4, 3, "layer", "frozen", tasks=3),
+        case(2, 2, "input", "frozen", tasks=3),
+        case(2, 3, tasks=3, isomorphic=True),
+    ]
+    check(4, cases, tmp_path)
 
 
 @pytest.mark.matrix

@@ -1,5 +1,6 @@
-"""Heterogeneous batches: in every micro-batch a fixed number of samples of each task, spread over the ranks.
+"""Which samples of which tasks make up a micro-batch, and the part of it that a rank reads.
 
+Heterogeneous batches hold a fixed number of samples of each task; isomorphic ones are of one task, the tasks in turn.
 Which samples make up a global micro-batch is a function of its index alone; a rank reads a range of positions of it.
 So any split over ranks, any number of workers and any resumption give the same training.
 """
@@ -71,22 +72,45 @@ class HeterogeneousBatches(Dataset[Batch]):
         self.sources, self.samples, self.accumulation = sources, samples, accumulation
 
     def __getitem__(self, i: int) -> Batch:
+        return self._batch(i, dict.fromkeys(self.samples, i))
+
+    def _batch(self, i: int, number: dict[str, int]) -> Batch:
+        """Micro-batch ``i``, with the micro-batch ``number[task]`` of each task that is trained in it."""
         step, micro_step = divmod(i, self.accumulation)
         tasks: dict[str, TaskBatch] = {}
         skipped: dict[str, list[int]] = {}
         for name, positions in self.samples.items():
-            tasks[name], skipped[name] = self._task_batch(self.sources[name], positions, i)
+            source = self.sources[name]
+            global_count = source.task.samples_per_step // self.accumulation
+            if name in number:
+                first = number[name] * global_count
+                tasks[name], skipped[name] = _task_batch(source, positions, first, global_count)
+            else:
+                tasks[name], skipped[name] = _task_batch(source, range(0), first=0, global_count=0)
         return Batch(step, micro_step, tasks, skipped)
 
-    def _task_batch(self, source: TrainSource, positions: range, i: int) -> tuple[TaskBatch, list[int]]:
-        global_count = source.task.samples_per_step // self.accumulation
-        images = np.empty((len(positions), 3, *source.task.input), dtype=np.uint8)
-        labels = np.empty(len(positions), dtype=np.int64)
-        all_skipped = []
-        for n, position in enumerate(positions):
-            images[n], labels[n], skipped = source.load(i * global_count + position)
-            all_skipped += skipped
-        return TaskBatch(torch.from_numpy(images), torch.from_numpy(labels), positions, global_count), all_skipped
+
+class IsomorphicBatches(HeterogeneousBatches):
+    """The same, but step s trains the task number s modulo their number alone, in the order of ``sources``.
+
+    The other tasks are there without samples. A task goes through the same samples, in as many steps of its own.
+    """
+
+    def __getitem__(self, i: int) -> Batch:
+        step, micro_step = divmod(i, self.accumulation)
+        own_step, trained = divmod(step, len(self.sources))
+        return self._batch(i, {list(self.sources)[trained]: own_step * self.accumulation + micro_step})
+
+
+def _task_batch(source: TrainSource, positions: range, first: int, global_count: int) -> tuple[TaskBatch, list[int]]:
+    """The draws ``first + position``, and the indices of the images among them that could not be read."""
+    images = np.empty((len(positions), 3, *source.task.input), dtype=np.uint8)
+    labels = np.empty(len(positions), dtype=np.int64)
+    all_skipped = []
+    for n, position in enumerate(positions):
+        images[n], labels[n], skipped = source.load(first + position)
+        all_skipped += skipped
+    return TaskBatch(torch.from_numpy(images), torch.from_numpy(labels), positions, global_count), all_skipped
 
 
 def loader(dataset: HeterogeneousBatches, start: int, stop: int, workers: int, pin: bool) -> Iterator[Batch]:

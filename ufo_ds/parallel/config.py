@@ -112,6 +112,11 @@ def resolve(values: dict[str, Any], source: str, recipe: Recipe, world_size: int
     exchange = take(experts, "exchange", "aligned")
     if exchange not in EXCHANGES:
         raise UserError(f"{source}: expert_parallel.exchange {exchange!r}: use one of {', '.join(EXCHANGES)}")
+    if recipe.data.batches == "isomorphic" and exchange != "aligned":
+        raise UserError(
+            f'{source}: expert_parallel.exchange "{exchange}" moves as many samples in every step, but data.batches is '
+            f'"isomorphic": use "aligned"'
+        )
 
     zero = dict(values.get("zero_optimization", {}))
     stage = take(zero, "stage", 3)

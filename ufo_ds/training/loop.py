@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from ufo_ds import checkpoint
-from ufo_ds.data.mixing import Batch, HeterogeneousBatches, loader
+from ufo_ds.data.mixing import Batch, HeterogeneousBatches, IsomorphicBatches, loader
 from ufo_ds.data.source import TrainSource
 from ufo_ds.errors import UserError
 from ufo_ds.evaluation import benchmarks
@@ -62,7 +62,9 @@ class Trainer:
             self.directory.begin(start)
         if start < (recipe.model.branch_at or 0):
             self.engine.model.share_everything()
-        dataset = HeterogeneousBatches(self.sources, self.engine.positions(), gas)
+        isomorphic = recipe.data.batches == "isomorphic"
+        batches_of = IsomorphicBatches if isomorphic else HeterogeneousBatches
+        dataset = batches_of(self.sources, self.engine.positions(), gas)
         pin = self.engine.device.type == "cuda"
         batches = loader(dataset, start * gas, steps * gas, recipe.data.workers, pin)
         progress = tqdm(total=steps, initial=start, desc="train", unit="step", disable=_bar_off(self.engine.rank))
@@ -118,7 +120,9 @@ class Trainer:
         total = sum(weights[task] * sum(values.values()) for task, values in losses.items())
         if self.directory is None:
             return
-        samples = sum(task.samples_per_step for task in self.recipe.tasks)
+        samples: float = sum(task.samples_per_step for task in self.recipe.tasks)
+        if self.recipe.data.batches == "isomorphic":
+            samples /= len(self.recipe.tasks)  # of one of the tasks in a step: their mean
         values = {
             "loss": total,
             **{f"{task}/{name}": value for task, of_task in losses.items() for name, value in of_task.items()},
