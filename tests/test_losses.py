@@ -1,4 +1,4 @@
-"""Losses equal hand-computed numbers, torch's own and slow loops; a head's losses are shares of the global mean."""
+"""Losses equal hand-computed numbers, torch's own and slow loops."""
 
 import math
 import random
@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from ufo_ds import losses
-from ufo_ds.model.heads import LOSSES, BatchNormNeck, TaskHead
-from ufo_ds.recipe import CosFace, CrossEntropy, Head, Loss, Optimizer, Schedule, Triplet
+from ufo_ds.recipe import Optimizer, Schedule
 from ufo_ds.training.schedule import learning_rate
 
 
@@ -52,6 +51,107 @@ def test_cosface_is_cross_entropy_with_a_margin_on_the_right_class():
 
 def test_cosface_of_no_samples_is_empty():
     assert losses.cosface(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), 30, 0.2).shape == (0,)
+
+
+# --- margins ----------------------------------------------------------------------------------------------------------
+
+
+def test_arcface_by_hand():
+    cosines = torch.tensor([[0.6, 0.3, -0.5], [0.8, 0.1, -0.6]])
+    found = losses.arcface(cosines, torch.tensor([0, 2]), scale=10, margin=0.5)
+    # First: cos 0.5 = 0.8775826, sin 0.5 = 0.4794255: 0.6 x 0.8775826 - 0.8 x 0.4794255 = 0.1430091, so 1.430091
+    # against 3 and -5: ln(1 + e^1.569909 + e^-6.430091) = ln 5.8078171 = 1.7592046.
+    # Second: -0.6 x 0.8775826 - 0.8 x 0.4794255 = -0.9100900, so -9.100900 against 8 and 1:
+    # ln(1 + e^17.1009 + e^10.1009) = 17.1018116.
+    assert found.tolist() == pytest.approx([1.7592046, 17.1018116], abs=1e-5)
+
+
+def test_arcface_adds_the_margin_to_the_angle_and_never_rises_with_it():
+    angles = torch.linspace(0, math.pi, 2001, dtype=torch.float64)
+    cosines, labels = angles.cos()[:, None], torch.zeros(2001, dtype=torch.int64)
+    for margin in (0.1, 0.5, 1.5):
+        found = losses.arcface_logits(cosines, labels, 1.0, margin)[:, 0]
+        within = angles < math.pi - margin
+        torch.testing.assert_close(found[within], (angles + margin).cos()[within], rtol=0, atol=2e-6)
+        torch.testing.assert_close(found[~within], angles.cos()[~within] - margin * math.sin(margin))
+        assert (found.diff() < 0).all()
+
+
+@pytest.mark.parametrize("cosine", [1.0, -1.0, 1.0 + 1e-6, -1.0 - 1e-6])
+@pytest.mark.parametrize("loss", [losses.arcface, losses.circle, losses.cosface])
+def test_margins_at_parallel_features_have_finite_gradients(cosine, loss):
+    cosines = torch.tensor([[cosine, 0.2], [0.1, cosine]], requires_grad=True)
+    found = loss(cosines, torch.tensor([0, 1]), 64, 0.5)
+    assert found.isfinite().all()
+    found.sum().backward()
+    assert cosines.grad.isfinite().all()
+    assert cosines.grad.abs().max() <= 64 * 2.5001  # circle: 1 + margin - cosine
+
+
+def test_circle_by_hand():
+    cosines = torch.tensor([[0.6, 0.3, -0.5]])
+    found = losses.circle(cosines, torch.tensor([0]), scale=10, margin=0.25)
+    # Right: 10 x (1.25 - 0.6) x (0.6 - 0.75) = -0.975. Others: 10 x 0.55 x 0.05 = 0.275, and 0 where n < -m.
+    # ln(1 + e^(0.275 + 0.975) + e^0.975) = ln(1 + 3.4903430 + 2.6511672) = ln 7.1415102 = 1.9659243.
+    assert found.tolist() == pytest.approx([1.9659243], abs=1e-6)
+
+
+def test_circle_is_the_papers_sum_over_pairs_of_similarities():
+    cosines, labels = 2 * torch.rand(7, 5, generator=torch.Generator().manual_seed(0)) - 1, random_labels(7, 5)
+    gamma, m = 12.0, 0.3
+    for found, row, label in zip(
+        losses.circle(cosines, labels, gamma, m), cosines.tolist(), labels.tolist(), strict=True
+    ):
+        total = 0.0
+        for n in (value for i, value in enumerate(row) if i != label):
+            p = row[label]
+            positive = gamma * max(1 + m - p, 0) * (p - (1 - m))
+            total += math.exp(gamma * max(n + m, 0) * (n - m) - positive)
+        assert found.item() == pytest.approx(math.log1p(total), rel=1e-5)
+
+
+def test_circles_weights_are_constants():
+    p, n, m = 0.4, 0.1, 0.25
+    cosines = torch.tensor([[p, n]], dtype=torch.float64, requires_grad=True)
+    losses.circle_logits(cosines, torch.tensor([0]), 2.0, m).sum().backward()
+    assert cosines.grad[0].tolist() == pytest.approx([2 * (1 + m - p), 2 * (n + m)])
+
+
+@pytest.mark.parametrize("logits", [losses.cosface_logits, losses.arcface_logits])
+def test_gradients_of_margins_are_those_of_finite_differences(logits):
+    cosines = (
+        1.8 * torch.rand(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.9
+    ).requires_grad_()
+    labels = random_labels(5, 4)
+    assert torch.autograd.gradcheck(lambda x: losses.cross_entropy(logits(x, labels, 5.0, 0.4), labels), [cosines])
+
+
+class Alone:
+    """A process that has all classes."""
+
+    def all_reduce(self, x):
+        return x
+
+    def all_max(self, x):
+        return x
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_spread_cross_entropy_of_one_process_is_torchs(smoothing):
+    logits, labels = (50 * randn(7, 5)).double().requires_grad_(), random_labels(7, 5)
+    found = losses.cross_entropy(logits, labels, smoothing, Alone())
+    torch.testing.assert_close(found, F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing))
+    assert torch.autograd.gradcheck(lambda x: losses.cross_entropy(x / 20, labels, smoothing, Alone()), [logits])
+
+
+@pytest.mark.parametrize("logits", [losses.cosface_logits, losses.arcface_logits, losses.circle_logits])
+def test_margins_of_some_columns_are_those_columns_of_all(logits):
+    cosines, labels = 2 * torch.rand(9, 6, generator=torch.Generator().manual_seed(0)) - 1, random_labels(9, 6)
+    wanted = logits(cosines, labels, 10.0, 0.3)
+    for start, stop in [(0, 2), (2, 5), (5, 6), (3, 3)]:
+        here = (labels >= start) & (labels < stop)
+        found = logits(cosines[:, start:stop], (labels - start).masked_fill(~here, -1), 10.0, 0.3)
+        assert torch.equal(found, wanted[:, start:stop])
 
 
 # --- triplet ----------------------------------------------------------------------------------------------------------
@@ -147,173 +247,6 @@ def test_triplet_gradients_are_those_of_finite_differences():
         shift[i, j] = step
         wanted = (loss(features.detach() + shift) - loss(features.detach() - shift)) / (2 * step)
         assert features.grad[i, j].item() == pytest.approx(wanted.item(), abs=2e-3)
-
-
-# --- the neck ---------------------------------------------------------------------------------------------------------
-
-
-def make_necks(dim=5):
-    """Ours and torch's, whose shift is zero, with the same weights."""
-    ours, theirs = BatchNormNeck(dim), torch.nn.BatchNorm1d(dim)
-    with torch.no_grad():
-        ours.weight.copy_(theirs.weight.copy_(1 + randn(dim)))
-    return ours, theirs
-
-
-def test_the_neck_is_batch_norm_over_several_batches():
-    ours, theirs = make_necks()
-    for seed, count in enumerate([8, 2, 5, 31]):
-        x = (3 + 2 * randn(count, 5, seed=seed)).requires_grad_()
-        weight = randn(count, 5, seed=100 + seed)
-        results = []
-        for neck in (ours, theirs):
-            neck.zero_grad()
-            y = neck(x)
-            (grad,) = torch.autograd.grad((y * weight).sum(), x, retain_graph=True)
-            (y * weight).sum().backward()
-            results.append((y, grad, neck.weight.grad, neck.running_mean.clone(), neck.running_var.clone()))
-        for found, wanted in zip(*results, strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    ours.eval(), theirs.eval()
-    x = randn(4, 5, seed=9)
-    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours(x[:1]), theirs(x[:1]), rtol=1e-5, atol=1e-5)
-
-
-def test_the_necks_statistics_do_not_cancel_far_from_zero():
-    ours, theirs = make_necks()
-    x = 4096 + randn(16, 5)
-    torch.testing.assert_close(ours(x).double(), theirs.double()(x.double()), rtol=1e-2, atol=1e-2)
-
-
-def test_evaluation_leaves_the_running_statistics_alone():
-    neck, _ = make_necks()
-    neck(randn(6, 5))
-    mean, var = neck.running_mean.clone(), neck.running_var.clone()
-    neck.eval()
-    neck(100 * randn(6, 5))
-    assert torch.equal(neck.running_mean, mean)
-    assert torch.equal(neck.running_var, var)
-
-
-def test_one_sample_becomes_zero_and_its_gradients_are_finite():
-    neck, _ = make_necks()
-    x = randn(1, 5).requires_grad_()
-    y = neck(x)
-    assert not y.any()
-    (y * randn(1, 5, seed=1)).sum().backward()
-    assert not x.grad.any()
-    assert not neck.weight.grad.any()
-    torch.testing.assert_close(neck.running_mean, 0.1 * x[0].detach())  # 0.9 x 0 + 0.1 x
-
-
-def test_one_sample_says_nothing_about_the_running_variance():
-    neck, _ = make_necks()
-    neck(randn(1, 5))
-    assert neck.running_var.tolist() == [1.0] * 5
-
-
-def test_no_samples_give_none_and_zero_gradients():
-    neck, _ = make_necks()
-    y = neck(torch.zeros(0, 5))
-    assert y.shape == (0, 5)
-    y.sum().backward()
-    assert not neck.weight.grad.any()
-
-
-def test_no_samples_leave_the_running_statistics_alone():
-    neck, _ = make_necks()
-    neck(3 + randn(6, 5))
-    mean, var = neck.running_mean.clone(), neck.running_var.clone()
-    neck(torch.zeros(0, 5))
-    assert torch.equal(neck.running_mean, mean)
-    assert torch.equal(neck.running_var, var)
-
-
-# --- heads ------------------------------------------------------------------------------------------------------------
-
-
-def make_head(kind, **loss):
-    head = TaskHead(Head(type=kind), 6, 4, Loss(**loss))
-    with torch.no_grad():
-        for i, tensor in enumerate([*head.parameters(), *head.buffers()]):
-            tensor.copy_(randn(*tensor.shape, seed=i).abs() + 0.1)
-        head.classifier.weight.copy_(randn(4, 6, seed=7))
-    return head
-
-
-def cosines(features, weight):
-    return torch.stack([torch.stack([F.cosine_similarity(x, w, dim=0) for w in weight]) for x in features])
-
-
-@pytest.mark.parametrize(
-    ("kind", "loss"),
-    [
-        ("linear", {"cross_entropy": CrossEntropy(label_smoothing=0.1, weight=2.0)}),
-        ("margin", {"cosface": CosFace(scale=8, margin=0.2)}),
-    ],
-)
-@pytest.mark.parametrize("cut", [0, 1, 5, 9])
-def test_losses_and_gradients_of_two_parts_add_up_to_the_whole(kind, loss, cut):
-    head = make_head(kind, **loss).eval()  # the neck's statistics are those of the whole batch otherwise
-    features, labels = randn(9, 6), random_labels(9, 4)
-    wanted = head(features, labels, 9)
-    wanted.sum().backward()
-    gradients = [parameter.grad.clone() for parameter in head.parameters()]
-    head.zero_grad()
-    found = head(features[:cut], labels[:cut], 9) + head(features[cut:], labels[cut:], 9)
-    found.sum().backward()
-    torch.testing.assert_close(found, wanted)
-    for parameter, gradient in zip(head.parameters(), gradients, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-6)
-
-
-def test_a_linear_heads_losses_are_the_weighted_mean():
-    head = make_head("linear", cross_entropy=CrossEntropy(label_smoothing=0.1, weight=2.0))
-    features, labels = randn(9, 6), random_labels(9, 4)
-    logits = features @ head.classifier.weight.T + head.classifier.bias
-    found = dict(zip(LOSSES, head(features, labels, 9).tolist(), strict=True))
-    wanted = 2.0 * F.cross_entropy(logits, labels, label_smoothing=0.1).item()
-    assert found == dict.fromkeys(LOSSES, 0.0) | {"cross_entropy": pytest.approx(wanted)}
-
-
-def test_a_margin_heads_losses_see_the_neck_and_the_triplet_does_not():
-    head = make_head("margin", cosface=CosFace(scale=8, margin=0.2, weight=3.0), triplet=Triplet(weight=0.5))
-    features, labels = randn(9, 6), random_labels(9, 4)
-    norm = torch.nn.BatchNorm1d(6)
-    norm.weight.data.copy_(head.neck.weight)
-    found = dict(zip(LOSSES, head(features, labels, 9).tolist(), strict=True))
-    logits = 8 * (cosines(norm(features), head.classifier.weight) - 0.2 * F.one_hot(labels, 4))
-    triplet = sum(slow_triplet(features, labels, features, labels, "soft")) / 9
-    assert found["cross_entropy"] == 0.0
-    assert found["cosface"] == pytest.approx(3.0 * F.cross_entropy(logits, labels).item(), rel=1e-5)
-    assert found["triplet"] == pytest.approx(0.5 * triplet, rel=1e-5)
-
-
-def test_without_labels_a_head_gives_the_embedding_and_the_logits():
-    features = randn(3, 6)
-    head = make_head("margin", cosface=CosFace()).eval()
-    embedding, logits = head(features)
-    wanted = (features - head.neck.running_mean) / (head.neck.running_var + 1e-5).sqrt() * head.neck.weight
-    torch.testing.assert_close(embedding, wanted)
-    torch.testing.assert_close(logits, cosines(embedding, head.classifier.weight))
-    head = make_head("linear", cross_entropy=CrossEntropy()).eval()
-    embedding, logits = head(features)
-    assert torch.equal(embedding, features)
-    torch.testing.assert_close(logits, features @ head.classifier.weight.T + head.classifier.bias)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_a_task_without_samples_has_zero_losses_and_gradients(training):
-    for head in (
-        make_head("linear", cross_entropy=CrossEntropy()),
-        make_head("margin", cosface=CosFace(), triplet=Triplet()),
-    ):
-        features = torch.zeros(0, 6, requires_grad=True)
-        found = head.train(training)(features, torch.zeros(0, dtype=torch.int64), 0)
-        assert found.tolist() == [0.0] * len(LOSSES)
-        found.sum().backward()
-        assert all(parameter.grad is not None and not parameter.grad.any() for parameter in head.parameters())
 
 
 # --- the learning rate ------------------------------------------------------------------------------------------------

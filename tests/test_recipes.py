@@ -153,6 +153,42 @@ def test_wrong_values_end_in_one_line(overrides, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("head", "loss", "message"),
+    [
+        ({"type": "linear"}, {}, "a linear head goes with cross_entropy without scale, and needs it"),
+        ({"type": "linear"}, {"cosface": {}}, "a linear head goes with cross_entropy"),
+        ({"type": "linear"}, {"cross_entropy": {}, "arcface": {}}, "a linear head goes with cross_entropy"),
+        ({"type": "linear"}, {"cross_entropy": {"scale": 30}}, "a linear head goes with cross_entropy without scale"),
+        ({"type": "linear", "sampled_negatives": 0.5}, {"cross_entropy": {}}, "sampled_negatives is for margin heads"),
+        ({"type": "margin"}, {}, "a margin head needs cosface, am_softmax, arcface, circle or cross_entropy"),
+        ({"type": "margin"}, {"cross_entropy": {}}, "cross_entropy of a margin head needs the scale of its cosines"),
+        ({"type": "margin", "sampled_negatives": 0}, {"cosface": {}}, "sampled_negatives = 0"),
+        ({"type": "margin"}, {"arcface": {"margin": 2}}, "loss.arcface.margin = 2"),
+    ],
+)
+def test_heads_and_losses_must_fit(head, loss, message):
+    with pytest.raises(UserError) as caught:
+        recipe_file.load("demo", [("tasks.digits.head", str(head)), ("tasks.digits.loss", str(loss))])
+    assert message in str(caught.value)
+    assert "digits" in str(caught.value)
+
+
+def test_a_sharded_margin_head_cannot_classify():
+    changes = [("tasks.digits.head", "{type: margin, sharded: true}"), ("tasks.digits.loss", "{cosface: {}}")]
+    with pytest.raises(UserError, match="digits: a sharded margin head gives no logits"):
+        recipe_file.load("demo", changes)
+
+
+def test_losses_combine_with_weights_of_their_own():
+    loss = "{arcface: {weight: 3}, am_softmax: {}, circle: {}, cross_entropy: {scale: 16}, triplet: {normalize: true}}"
+    task = recipe_file.load("demo", [("tasks.glyphs.loss", loss)]).tasks[1]
+    assert (task.loss.arcface.scale, task.loss.arcface.margin, task.loss.arcface.weight) == (64, 0.5, 3)
+    assert (task.loss.am_softmax.scale, task.loss.am_softmax.margin) == (30, 0.35)
+    assert (task.loss.circle.scale, task.loss.circle.margin) == (128, 0.25)
+    assert task.loss.triplet.normalize
+
+
 def test_an_unknown_recipe_names_those_that_exist():
     with pytest.raises(UserError, match=r"no recipe 'dmeo'.*allinone_vit_l, demo"):
         recipe_file.load("dmeo")

@@ -130,15 +130,20 @@ def _of_labels(x_BC: Tensor, labels_B: Tensor) -> Tensor:
     """The value of each sample's class ``[B]``; 0 where that is elsewhere."""
     if not x_BC.shape[1]:
         return x_BC.sum(1)
-    return x_BC.gather(1, labels_B.clamp(min=0)[:, None])[:, 0].masked_fill(labels_B < 0, 0.0)
+    return _pick(x_BC, labels_B).masked_fill(labels_B < 0, 0.0)
+
+
+def _pick(x_BC: Tensor, labels_B: Tensor) -> Tensor:
+    # By indices, not by gather, which keeps the whole matrix for its gradient.
+    return x_BC[torch.arange(len(x_BC), device=x_BC.device), labels_B.clamp(min=0)]
 
 
 def _with_labels(x_BC: Tensor, labels_B: Tensor, right_B: Tensor) -> Tensor:
     """``x_BC`` with other values for the samples' classes, where those are here."""
     if not x_BC.shape[1]:
         return x_BC + right_B[:, None]  # no elements, but one graph on all processes
-    index_B1 = labels_B.clamp(min=0)[:, None]
-    return x_BC.scatter(1, index_B1, torch.where((labels_B < 0)[:, None], x_BC.gather(1, index_B1), right_B[:, None]))
+    values_B = torch.where(labels_B < 0, _pick(x_BC, labels_B), right_B)
+    return x_BC.scatter(1, labels_B.clamp(min=0)[:, None], values_B[:, None])
 
 
 # --- between samples --------------------------------------------------------------------------------------------------

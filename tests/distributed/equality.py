@@ -48,13 +48,12 @@ def make_recipe(case: dict) -> recipes.Recipe:
     ]
     # Before a neck's batch norm a bias has a true gradient of zero, and comparing noise says nothing: the margin tasks
     # share the last norm with a linear one.
-    for task in tasks:  # what is in a head of another task must not matter
+    for task in tasks:
         task["head"] = {**task["head"], "sharded": task["name"] in case["sharded"]}
         if task["name"] in case["sampled"]:
             task["head"]["sampled_negatives"] = 0.3
     if case["sharded"]:
-        losses = {"arcface": {"scale": 8, "margin": 0.3}, "cross_entropy": {"scale": 4, "label_smoothing": 0.1}}
-        tasks[1]["loss"] = {**tasks[1]["loss"], **losses, "circle": {"scale": 8}, "am_softmax": {"scale": 4}}
+        tasks[1]["loss"] = {"arcface": {"scale": 8}, "circle": {"scale": 4}, "triplet": {"normalize": True}}
     for task in tasks[:3]:
         task["routes"] = {"norm": ["own", "own", "shared"]}
     routes = {"ffn": "learned", "attn": "learned"}
@@ -99,14 +98,14 @@ def start_value(name: str, shape: torch.Size) -> torch.Tensor:
 
 
 def global_batch(
-    recipe: recipes.Recipe, step: int, micro_step: int, samples: dict[str, int], isomorphic: bool
-) -> Batch:
+    recipe: recipes.Recipe, step: int, micro_step: int, samples: dict[str, int], classes: dict[str, int],
+    isomorphic: bool,
+) -> Batch:  # fmt: skip
     tasks = {}
     for number, task in enumerate(recipe.tasks):
         generator = torch_generator("batch", step, micro_step, task.name)
         n = 0 if isomorphic and number != step % len(recipe.tasks) else samples[task.name]
         images = torch.randint(0, 256, (n, 3, *task.input), generator=generator).to(torch.uint8)
-        classes = MANY_CLASSES if any(t.head.sharded for t in recipe.tasks) else CLASSES
         labels = torch.randint(0, classes[task.name], (n,), generator=generator)
         tasks[task.name] = TaskBatch(images, labels, range(n), n)
     return Batch(step, micro_step, tasks, {})
@@ -147,18 +146,21 @@ def evaluated(recipe: recipes.Recipe, classes: dict[str, int], values: dict[str,
         return model.eval()(batch)
 
 
-def compare(case: dict) -> dict:
-    recipe = make_recipe(case)
-    names = [task.name for task in recipe.tasks]
-    classes = {name: (MANY_CLASSES if case["sharded"] else CLASSES)[name] for name in names}
+def configure(case: dict, recipe: recipes.Recipe) -> configs.DistributedConfig:
     values = {
         "gradient_accumulation_steps": case["accumulation"],
         "zero_optimization": {"stage": case["stage"]},
         "expert_parallel": {"autoep_size": case["ep"], "exchange": case["exchange"]},
         "bf16": {"enabled": False},
     }
-    config = configs.resolve(values, "equality.py", recipe, dist.get_world_size())
-    engine = Engine(recipe, config, classes, pretrained=start_value)
+    return configs.resolve(values, "equality.py", recipe, dist.get_world_size())
+
+
+def compare(case: dict) -> dict:
+    recipe = make_recipe(case)
+    names = [task.name for task in recipe.tasks]
+    classes = {name: (MANY_CLASSES if case["sharded"] else CLASSES)[name] for name in names}
+    engine = Engine(recipe, configure(case, recipe), classes, pretrained=start_value)
 
     with torch.device("meta"):
         reference = Supernet(recipe, classes)
@@ -195,7 +197,7 @@ def compare(case: dict) -> dict:
             assert engine.freeze_routes() == reference.routes
         optimizer.zero_grad()
         for micro_step in range(case["accumulation"]):
-            batch = global_batch(recipe, step, micro_step, engine.samples, case["isomorphic"])
+            batch = global_batch(recipe, step, micro_step, engine.samples, classes, case["isomorphic"])
             losses = reference(batch)
             ((losses.sum(1) * weights).sum() / case["accumulation"]).backward()
             parts = engine.backward(part_of(batch, engine.positions()))
@@ -238,7 +240,7 @@ def compare(case: dict) -> dict:
     with averaged(engine):
         note_weights("average", averages)
         batch, owned = (
-            global_batch(recipe, STEPS, 0, engine.samples),
+            global_batch(recipe, STEPS, 0, engine.samples, classes, isomorphic=False),
             engine.placement.owned(engine.rank, engine.samples),
         )
         engine.deepspeed.eval()
