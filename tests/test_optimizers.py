@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from tests.layerwise import Lamb, Lars
 from tests.small_run import make_model, make_recipe
 from ufo_ds import recipe_file
 from ufo_ds.data.mixing import Batch, TaskBatch
@@ -78,6 +80,51 @@ def test_slices_are_stepped_as_torch_steps_parameters(kind, momentum):
     for piece in slices:
         torch.testing.assert_close(piece.of(piece.flat), wanted[piece.name].detach(), rtol=1e-7, atol=1e-7)
     assert optimizer.steps == 10
+
+
+@pytest.fixture(scope="module")
+def process_group(tmp_path_factory):
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"type": "lars", "momentum": 0.9, "trust": 0.02},
+        {"type": "lars", "momentum": 0.0},
+        {"type": "lamb", "betas": (0.8, 0.97)},
+        {"type": "lamb", "norm_bounds": (6.0, 7.0)},  # both bounds are met: the norms are about 1, 3, 6, 8, 11
+    ],
+)
+def test_layer_wise_rates_are_those_of_the_papers(options):
+    flats, slices = lay_out(2)
+    for piece in slices[1::7]:
+        piece.of(piece.flat).zero_()  # a norm of zero has no rate
+    wanted = {piece.name: torch.nn.Parameter(piece.of(piece.flat).clone()) for piece in slices}
+    optimizer, rules = make(slices, flats, **options)
+    groups = [
+        {
+            "params": [p], "lr": LR * rules[name].lr_scale, "weight_decay": rules[name].weight_decay,
+            "adapted": rules[name].adapted,
+        }
+        for name, p in wanted.items()
+    ]  # fmt: skip
+    filled = optimizer.options
+    if options["type"] == "lars":
+        reference = Lars(groups, filled.momentum, filled.trust)
+    else:
+        reference = Lamb(groups, filled.betas, filled.norm_bounds)
+    for step in range(10):
+        for name, gradient in give_gradients(slices, flats, step).items():
+            wanted[name].grad = gradient
+        optimizer.step()
+        reference.step()
+    for piece in slices:
+        torch.testing.assert_close(piece.of(piece.flat), wanted[piece.name].detach(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])

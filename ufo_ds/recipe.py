@@ -358,11 +358,13 @@ class Rule:
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
 class Optimizer:
-    type: Literal["adamw", "sgd"] = "adamw"
+    type: Literal["adamw", "sgd", "lars", "lamb"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.05  # of matrices; not of biases, norms, tokens, positions, router
     betas: tuple[float, float] = (0.9, 0.999)
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    trust: Annotated[float, Field(gt=0)] = 0.001  # lars: a matrix's rate is trust * its norm / its gradient's norm
+    norm_bounds: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(gt=0)]] = (0.0, 10.0)  # lamb: of its norm
     gradient_clipping: Annotated[float, Field(ge=0)] = 0.0  # global norm; 0 is off
     rules: list[Rule] = dataclasses.field(default_factory=list)
     # Decay of a moving average of all weights, e.g. 0.999: evaluation and extraction then use the average.

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
+from tests.layerwise import Lamb, Lars
 from ufo_ds import recipe as recipes
 from ufo_ds import recipe_file
 from ufo_ds.data.mixing import Batch, TaskBatch
@@ -79,8 +80,9 @@ def make_recipe(case: dict) -> recipes.Recipe:
             "tasks": [{**task, "routes": possible(task.get("routes", {}))} for task in tasks[: case["tasks"]]],
             "optimizer": {
                 "type": case["optimizer"],
-                "lr": 1e-2 if case["optimizer"] == "sgd" else 1e-3,
+                "lr": {"sgd": 1e-2, "adamw": 1e-3, "lars": 1e-2, "lamb": 1e-3}[case["optimizer"]],
                 "weight_decay": 0.01,
+                "trust": 0.1,
                 "gradient_clipping": case["clipping"],
                 "rules": [{"bias": True, "lr_scale": 2.0}],
                 "average": 0.15,
@@ -134,8 +136,19 @@ def reference_groups(model: Supernet, recipe: recipes.Recipe) -> list[dict]:
             "params": [parameter],
             "lr": recipe.optimizer.lr * scale,
             "weight_decay": recipe.optimizer.weight_decay if decay else 0.0,
+            "adapted": decay,
         })  # fmt: skip
     return groups
+
+
+def reference_optimizer(groups: list[dict], options: recipes.Optimizer) -> torch.optim.Optimizer:
+    if options.type == "adamw":
+        return torch.optim.AdamW(groups, betas=options.betas)
+    if options.type == "sgd":
+        return torch.optim.SGD(groups, momentum=options.momentum)
+    if options.type == "lars":
+        return Lars(groups, options.momentum, options.trust)
+    return Lamb(groups, options.betas, options.norm_bounds)
 
 
 def evaluated(recipe: recipes.Recipe, classes: dict[str, int], values: dict[str, torch.Tensor], batch: Batch) -> dict:
@@ -166,9 +179,7 @@ def compare(case: dict) -> dict:
         reference = Supernet(recipe, classes)
     init_weights(reference, pretrained=start_value)
     reference.train()
-    optimizer_class = torch.optim.AdamW if recipe.optimizer.type == "adamw" else torch.optim.SGD
-    options = {} if recipe.optimizer.type == "adamw" else {"momentum": recipe.optimizer.momentum}
-    optimizer = optimizer_class(reference_groups(reference, recipe), **options)
+    optimizer = reference_optimizer(reference_groups(reference, recipe), recipe.optimizer)
     weights = torch.tensor([task.weight for task in recipe.tasks])
     expected = dict(reference.named_parameters())
     averages = {name: value.clone() for name, value in reference.state_dict().items()}

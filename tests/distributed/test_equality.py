@@ -50,7 +50,7 @@ def check(ranks: int, cases: list[dict], tmp_path: Path) -> None:
         assert result["gradient"] <= BOUND, line
         assert result["norm"] <= BOUND, line
         # Adam divides by the gradient's size: where that is rounding noise, so is the step.
-        bound = BOUND if result["case"]["optimizer"] == "sgd" else 100 * BOUND
+        bound = BOUND if result["case"]["optimizer"] in ("sgd", "lars") else 100 * BOUND
         assert result["weight"] <= bound, line
         assert result["average"] <= bound, line
         assert result["output"] <= bound, line
@@ -70,6 +70,10 @@ def test_two_ranks(tmp_path):
         case(2, 3, experts=["ffn"]),  # heads of two kinds then differ most in what parameters they have
         case(2, 2, "layer", routes="frozen", experts=[]),
         case(1, 1, routes="frozen", last=1),
+        case(2, 3, optimizer="lars", clipping=0.0),
+        case(1, 2, routes="frozen", optimizer="lars"),
+        case(1, 3, routes="freezing", optimizer="lamb", last=1),
+        case(2, 1, optimizer="lamb", tasks=3),
     ]
     check(2, cases, tmp_path)
 
@@ -77,9 +81,9 @@ def test_two_ranks(tmp_path):
 def test_four_ranks(tmp_path):
     # Two data-parallel copies of each expert, and a task with a single sample: absent on a rank that holds it.
     cases = [
-        case(2, 3, last=1),
+        case(2, 3, last=1, optimizer="lamb"),
         case(4, 3, "layer", "frozen", tasks=3),
-        case(2, 2, "input", "frozen", tasks=3),
+        case(2, 2, "input", "frozen", tasks=3, optimizer="lars"),
         case(2, 3, tasks=3, isomorphic=True),
     ]
     check(4, cases, tmp_path)
@@ -98,7 +102,7 @@ def test_matrix(ranks, tmp_path):
         # Not all combinations of these, but each value with each of the others' and of those above.
         for tasks, optimizer, clipping, accumulation, last in [
             (4, "sgd", 0.5, 2, 1) if (stage + len(exchange)) % 2 else (3, "adamw", 0.0, 1, 2),
-            (3, "sgd", 0.5, 1, 2) if (stage + len(exchange)) % 2 else (4, "adamw", 0.5, 2, 1),
+            (3, "lars", 0.5, 1, 2) if (stage + len(exchange)) % 2 else (4, "lamb", 0.5, 2, 1),
         ]
     ]
     check(ranks, cases, tmp_path)

@@ -6,7 +6,7 @@ Everything is done on views of slices, many in one kernel (``torch._foreach_*``)
 the gradient serves as scratch space, so that no step needs memory of its own.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ class Plan:
     buckets: list[Bucket]
     adapted: int
     group: dist.ProcessGroup
+    device: torch.device
 
     def cut(self, tensor: Tensor) -> tuple[Tensor, ...]:
         return tensor.detach().split(self.sizes)
@@ -109,7 +110,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             )
             for rule, items in found.items()
         ]
-        return Plan(sizes, buckets, len(adapted), pieces[0].group)
+        return Plan(sizes, buckets, len(adapted), pieces[0].group, flat.device)
 
     @property
     def steps(self) -> int:
@@ -187,6 +188,77 @@ class ShardedAdamW(ShardedOptimizer):
             torch._foreach_addcdiv_(weights, means, gradients, -rate / (1 - beta1**step))
 
 
+class ShardedLARS(ShardedOptimizer):
+    """LARS (You, Gitman and Ginsburg, 2017, algorithm 1): each matrix steps by a rate in proportion to its norm over
+    its gradient's; everything else as SGD with the learning rate inside the momentum."""
+
+    def state_keys(self) -> list[str]:
+        return ["momentum_buffer"] if self.options.momentum else []
+
+    def update(self, plan: Plan, chunks: Chunks, lr: float, step: int) -> None:
+        norms = whole_norms(plan, chunks, ("weight", "gradient"))
+        for bucket in plan.buckets:
+            decay = bucket.rule.weight_decay
+            weights, directions = chunks.of("weight", bucket), chunks.of("gradient", bucket)
+            if decay:
+                torch._foreach_add_(directions, weights, alpha=decay)
+            if bucket.rule.adapted:
+                w, g = norms[:, bucket.norms]
+                rates = torch.where((w > 0) & (g > 0), self.options.trust * w / (g + decay * w), 1.0)
+                torch._foreach_mul_(directions, list(rates.unbind()))
+            torch._foreach_mul_(directions, lr * bucket.rule.lr_scale)
+            if self.options.momentum:
+                buffers = chunks.of("momentum_buffer", bucket)
+                torch._foreach_mul_(buffers, self.options.momentum)
+                torch._foreach_add_(buffers, directions)
+                directions = buffers
+            torch._foreach_sub_(weights, directions)
+
+
+class ShardedLAMB(ShardedOptimizer):
+    """LAMB (You et al., 2020, algorithm 2): AdamW's step, for each matrix scaled to its norm, clipped to
+    ``norm_bounds`` (phi in the paper)."""
+
+    eps = 1e-6
+
+    def state_keys(self) -> list[str]:
+        return ["exp_avg", "exp_avg_sq"]
+
+    def update(self, plan: Plan, chunks: Chunks, lr: float, step: int) -> None:
+        beta1, beta2 = self.options.betas
+        for bucket in plan.buckets:
+            gradients, means = chunks.of("gradient", bucket), chunks.of("exp_avg", bucket)
+            squares = chunks.of("exp_avg_sq", bucket)
+            add_moments(means, squares, gradients, beta1, beta2)
+            root_of_squares(gradients, squares, 1 - beta2**step, self.eps)
+            torch._foreach_reciprocal_(gradients)
+            torch._foreach_mul_(gradients, means)
+            torch._foreach_div_(gradients, 1 - beta1**step)
+            if bucket.rule.weight_decay:
+                torch._foreach_add_(gradients, chunks.of("weight", bucket), alpha=bucket.rule.weight_decay)
+        norms = whole_norms(plan, chunks, ("weight", "gradient"))  # the gradients are the updates by now
+        low, high = self.options.norm_bounds
+        for bucket in plan.buckets:
+            updates = chunks.of("gradient", bucket)
+            if bucket.rule.adapted:
+                w, u = norms[:, bucket.norms]
+                phi = w.clamp(low, high)
+                torch._foreach_mul_(updates, list(torch.where((phi > 0) & (u > 0), phi / u, 1.0).unbind()))
+            torch._foreach_add_(chunks.of("weight", bucket), updates, alpha=-lr * bucket.rule.lr_scale)
+
+
+def whole_norms(plan: Plan, chunks: Chunks, keys: Sequence[str]) -> Tensor:
+    """Norms ``[keys, adapted]`` over whole parameters, of which this rank has slices; one collective."""
+    squares = torch.zeros(len(keys), plan.adapted, device=plan.device)
+    for bucket in plan.buckets:
+        if bucket.rule.adapted:
+            for row, key in zip(squares, keys, strict=True):
+                row[bucket.norms] = torch.stack(torch._foreach_norm(chunks.of(key, bucket))).square()
+    if plan.adapted:
+        dist.all_reduce(squares, group=plan.group)
+    return squares.sqrt()
+
+
 def add_moments(
     means: list[Tensor], squares: list[Tensor], gradients: list[Tensor], beta1: float, beta2: float
 ) -> None:
@@ -213,4 +285,9 @@ def average_decay(decay: float, step: int) -> float:
     return min(decay, step / (step + 9))
 
 
-OPTIMIZERS: dict[str, type[ShardedOptimizer]] = {"sgd": ShardedSGD, "adamw": ShardedAdamW}
+OPTIMIZERS: dict[str, type[ShardedOptimizer]] = {
+    "sgd": ShardedSGD,
+    "adamw": ShardedAdamW,
+    "lars": ShardedLARS,
+    "lamb": ShardedLAMB,
+}
