@@ -200,10 +200,15 @@ def publish(unfinished: Path, index: Index, files: Iterable[dict[str, Any]]) -> 
 
 
 def write_text(path: Path, text: str) -> None:
+    """:func:`write_bytes` of a text in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
     """Replace a file as a whole, on disk when this returns."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -10,6 +10,7 @@ VERBS = {
     "train": "train a recipe (with several processes: deepspeed ufo_ds/train.py)",
     "shards": "turn images into WebDataset shards with a manifest; verify them",
     "evaluate": "run the benchmarks of a trained run",
+    "compare": "compare two recipes by their runs, with intervals over seeds and test items",
     "extract": "cut one task out of a run as a dense Hugging Face model",
 }
 

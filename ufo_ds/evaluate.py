@@ -2,6 +2,8 @@
 
 ufo evaluate runs/demo
 ufo evaluate runs/demo --task glyphs --pixels
+
+What it finds item by item is kept in the run directory, where it may write there, for `ufo compare`.
 """
 
 import argparse
@@ -15,7 +17,9 @@ import torch
 from ufo_ds import checkpoint
 from ufo_ds.data.mixing import Batch
 from ufo_ds.data.source import TrainSource
-from ufo_ds.evaluation import benchmarks
+from ufo_ds.errors import UserError
+from ufo_ds.evaluation import benchmarks, outcomes
+from ufo_ds.evaluation.outcomes import Outcomes
 from ufo_ds.evaluation.pixels import nearest_neighbour_scores, pixel_features
 from ufo_ds.model.heads import Outputs
 from ufo_ds.model.loading import load_supernet, spec_of
@@ -37,23 +41,30 @@ def main(argv: list[str] | None = None) -> None:
 
     reader = checkpoint.Reader(checkpoint.of_run(options.run, "last" if options.last else "best"))
     recipe = only(reader.recipe, options.task) if options.task else reader.recipe
-    metrics = pixel_floor(recipe) if options.pixels else evaluate(reader, recipe, options.device)
+    found = pixel_floor(recipe) if options.pixels else evaluate(reader, recipe, options.device)
+    metrics = outcomes.flatten(found)
     if options.json:
         print(json.dumps(metrics))
     else:
         what = "pixel matching" if options.pixels else f"step {reader.index.step}"
         print(f"{options.run}, {what}", file=sys.stderr)
         print("\n".join(benchmarks.table(metrics)))
+    checkpoints = reader.directory.resolve().parent
+    if not options.pixels and checkpoints.name == "checkpoints":  # not of one that was copied elsewhere
+        try:
+            outcomes.store(checkpoints.parent, reader.index.step, found)
+        except UserError as error:  # somebody else's run, mostly
+            print(error, file=sys.stderr)
 
 
-def evaluate(reader: checkpoint.Reader, recipe: Recipe, device: str) -> dict[str, float]:
-    """Metrics of all benchmarks of a recipe, task by task: one dense path is in memory at a time.
+def evaluate(reader: checkpoint.Reader, recipe: Recipe, device: str) -> dict[str, Outcomes]:
+    """Outcomes of all benchmarks of a recipe, task by task: one dense path is in memory at a time.
 
     Raises:
         UserError: shards or a checkpoint file that is missing or damaged.
     """
     reader.verify()
-    metrics: dict[str, float] = {}
+    found: dict[str, Outcomes] = {}
     for name, images in benchmarks.open_images(recipe).items():
         model = load_supernet(reader, [spec_of(reader, name)], device)
         size = recipe.evaluation.batch_size
@@ -69,13 +80,13 @@ def evaluate(reader: checkpoint.Reader, recipe: Recipe, device: str) -> dict[str
             size,
             recipe.data.workers,
         )
-        metrics |= benchmarks.score(only(recipe, [name]), {name: images}, predictions, reader.index.classes)
-    return metrics
+        found |= benchmarks.score(only(recipe, [name]), {name: images}, predictions, reader.index.classes)
+    return found
 
 
-def pixel_floor(recipe: Recipe) -> dict[str, float]:
+def pixel_floor(recipe: Recipe) -> dict[str, Outcomes]:
     """The same benchmarks by pixel matching; classification by the nearest training image."""
-    metrics: dict[str, float] = {}
+    found: dict[str, Outcomes] = {}
     for name, images in benchmarks.open_images(recipe).items():
         task = next(t for t in recipe.tasks if t.name == name)
         features = pixel_features(np.stack([images.load(i) for i in range(len(images))]))
@@ -86,5 +97,5 @@ def pixel_floor(recipe: Recipe) -> dict[str, float]:
             classes = source.classes
             scores = nearest_neighbour_scores(features, train, source.labels, len(classes))
         predictions = {name: (0, features, scores)}
-        metrics |= benchmarks.score(only(recipe, [name]), {name: images}, predictions, {name: classes})
-    return metrics
+        found |= benchmarks.score(only(recipe, [name]), {name: images}, predictions, {name: classes})
+    return found

@@ -247,6 +247,7 @@ class Benchmark:
     shards: str | None = None
     query: str | None = None
     gallery: str | None = None
+    flip: bool = False  # average the outputs of each image and its mirror image
 
     @model_validator(mode="after")
     def _has_its_shards(self) -> "Benchmark":

@@ -1,5 +1,7 @@
-"""From a recipe's benchmarks to metrics: which images to run, and which protocol to apply to what comes out."""
+"""From a recipe's benchmarks to outcomes: which images to run, and which protocol to apply to what comes out."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,28 +15,46 @@ from ufo_ds.data.evaluation_set import EvaluationSet
 from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.errors import UserError
 from ufo_ds.evaluation import classification, retrieval, verification
+from ufo_ds.evaluation.outcomes import Outcomes
 from ufo_ds.model.heads import Outputs
 from ufo_ds.recipe import Benchmark, Recipe, Size
 
 
 @dataclass
 class TaskImages:
-    """All evaluation images of a task, one after another: ``sets`` by directory, ``starts`` where each begins."""
+    """All evaluation images of a task, one after another.
+
+    Attributes:
+        input: height and width.
+        sets: by directory.
+        starts: by directory and whether mirrored, where its images begin.
+    """
 
     input: Size
     sets: dict[str, EvaluationSet] = field(default_factory=dict)
-    starts: dict[str, int] = field(default_factory=dict)
+    starts: dict[tuple[str, bool], int] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return sum(map(len, self.sets.values()))
+        return sum(len(self.sets[directory]) for directory, _ in self.starts)
 
     def load(self, index: int) -> np.ndarray:
-        directory = [d for d, start in self.starts.items() if start <= index][-1]
-        return self.sets[directory].load(index - self.starts[directory], self.input)
+        (directory, mirrored), start = [item for item in self.starts.items() if item[1] <= index][-1]
+        pixels = self.sets[directory].load(index - start, self.input)
+        return pixels[:, :, ::-1] if mirrored else pixels
+
+    def rows(self, outputs: np.ndarray, directory: str, flip: bool) -> np.ndarray:
+        """Of the outputs for all images those for one set, with ``flip`` averaged with its mirror images'.
+
+        The average is of the outputs as they are; embeddings are normalised afterwards, by the protocols, as fast-reid
+        and insightface do.
+        """
+        count = len(self.sets[directory])
+        plain = outputs[self.starts[directory, False] :][:count]
+        return (plain + outputs[self.starts[directory, True] :][:count]) / 2 if flip else plain
 
 
 def open_images(recipe: Recipe) -> dict[str, TaskImages]:
-    """The images behind the benchmarks of every task that has some, each directory once.
+    """The images behind the benchmarks of every task that has some, each directory once, and once mirrored if needed.
 
     Raises:
         UserError: shards that are missing or damaged.
@@ -44,9 +64,13 @@ def open_images(recipe: Recipe) -> dict[str, TaskImages]:
         mine = TaskImages(task.input)
         for benchmark in task.benchmarks:
             for directory in (benchmark.shards, benchmark.query, benchmark.gallery):
-                if directory is not None and directory not in mine.sets:
-                    mine.starts[directory] = len(mine)
+                if directory is None:
+                    continue
+                if directory not in mine.sets:
                     mine.sets[directory] = EvaluationSet.open(directory)
+                for mirrored in (False, True) if benchmark.flip else (False,):
+                    if (directory, mirrored) not in mine.starts:
+                        mine.starts[directory, mirrored] = len(mine)
         if mine.sets:
             images[task.name] = mine
     return images
@@ -144,8 +168,8 @@ def join(parts: list[Predictions]) -> Predictions:
 
 def score(
     recipe: Recipe, images: Mapping[str, TaskImages], predictions: Predictions, classes: Mapping[str, list[str]]
-) -> dict[str, float]:
-    """Metrics of all benchmarks: ``task/benchmark/metric`` -> value.
+) -> dict[str, Outcomes]:
+    """Outcomes of all benchmarks, by ``task/benchmark``.
 
     Args:
         classes: per task, the names behind the columns of the logits.
@@ -153,36 +177,47 @@ def score(
     Raises:
         UserError: a benchmark has a class that the head lacks.
     """
-    metrics: dict[str, float] = {}
+    outcomes = {}
     for task in recipe.tasks:
         for benchmark in task.benchmarks:
             _, embeddings, logits = predictions[task.name]
-            values = _score(benchmark, images[task.name], embeddings, logits, classes[task.name])
-            metrics |= {f"{task.name}/{benchmark.name}/{name}": value for name, value in values.items()}
-    return metrics
+            found = _score(benchmark, images[task.name], embeddings, logits, classes[task.name])
+            outcomes[f"{task.name}/{benchmark.name}"] = found
+    return outcomes
 
 
 def _score(
     benchmark: Benchmark, images: TaskImages, embeddings: np.ndarray, logits: np.ndarray, classes: list[str]
-) -> dict[str, float]:
+) -> Outcomes:
     def rows(array: np.ndarray, directory: str) -> np.ndarray:
-        start = images.starts[directory]
-        return array[start : start + len(images.sets[directory])]
+        return images.rows(array, directory, benchmark.flip)
 
     if benchmark.protocol == "retrieval":
         assert benchmark.query is not None
         assert benchmark.gallery is not None
         query, gallery = images.sets[benchmark.query], images.sets[benchmark.gallery]
-        return retrieval.evaluate(
+        arrays = retrieval.outcomes(
             rows(embeddings, benchmark.query), *_numbers(query, gallery),
             rows(embeddings, benchmark.gallery), *_numbers(gallery, query),
         )  # fmt: skip
+        return Outcomes(benchmark.protocol, benchmark.flip, _digest(query, gallery), arrays)
     assert benchmark.shards is not None
     data = images.sets[benchmark.shards]
     if benchmark.protocol == "verification":
         assert data.pairs is not None  # see check
-        return verification.evaluate(rows(embeddings, benchmark.shards), data.pairs)
-    return classification.top1(rows(logits, benchmark.shards), class_labels(data, classes, benchmark.name))
+        arrays = verification.outcomes(rows(embeddings, benchmark.shards), data.pairs)
+        # Images of a pair list have no label and are their own identities.
+        identities = np.unique(data.label_names, return_inverse=True)[1]
+        arrays["identity"] = identities[data.pairs[:, 1:3]]
+    else:
+        labels = class_labels(data, classes, benchmark.name)
+        arrays = classification.outcomes(rows(logits, benchmark.shards), labels)
+    return Outcomes(benchmark.protocol, benchmark.flip, _digest(data), arrays)
+
+
+def _digest(*sets: EvaluationSet) -> str:
+    names = [[s.label_names, s.camera_names, None if s.pairs is None else s.pairs.tolist()] for s in sets]
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
 
 def class_labels(data: EvaluationSet, classes: list[str], where: str) -> np.ndarray:

@@ -5,6 +5,8 @@ the same camera are removed, and so are junk images. AP is the mean over the hit
 re-identification toolboxes report it (not the trapezoid under the precision-recall curve); INP is Ye et al., 2021.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from ufo_ds.errors import UserError
@@ -23,10 +25,22 @@ def evaluate(
     gallery_ids: np.ndarray,
     gallery_cameras: np.ndarray,
 ) -> dict[str, float]:
+    """Rank the gallery for each query and average: :func:`metrics` of :func:`outcomes`."""
+    return metrics(outcomes(query, query_ids, query_cameras, gallery, gallery_ids, gallery_cameras))
+
+
+def outcomes(
+    query: np.ndarray,
+    query_ids: np.ndarray,
+    query_cameras: np.ndarray,
+    gallery: np.ndarray,
+    gallery_ids: np.ndarray,
+    gallery_cameras: np.ndarray,
+) -> dict[str, np.ndarray]:
     """Rank the gallery by cosine similarity for each query.
 
     Images of unknown camera are never removed as "same camera". Gallery identities without a query are distractors.
-    A query without any match left is left out of the averages. Pessimistic: a wrong image that ties with a right one
+    A query without any match left is left out. Pessimistic: a wrong image that ties with a right one
     ranks before it, and so does one whose similarity is NaN.
 
     Args:
@@ -38,7 +52,9 @@ def evaluate(
         gallery_cameras: int [G]; -1 is unknown.
 
     Returns:
-        ``mAP``, ``rank1``, ``rank5``, ``rank10`` and ``mINP``, in 0..1.
+        Of the Q' queries with a match: ``query``, int [Q'], which they are; ``identity``, int [Q'];
+        ``average_precision`` and ``inverse_penalty`` (hits / rank of the last hit), float [Q']; ``first_rank``, int
+        [Q'], from 1.
 
     Raises:
         UserError: no query has a match in the gallery.
@@ -51,7 +67,7 @@ def evaluate(
     starts = np.searchsorted(gallery_ids, query_ids, side="left")
     ends = np.searchsorted(gallery_ids, query_ids, side="right")
 
-    average_precisions, inverse_penalties, first_ranks = [], [], []
+    matched, average_precisions, inverse_penalties, first_ranks = [], [], [], []
     block = max(1, _BLOCK // max(1, len(gallery)))
     for begin in range(0, len(query), block):
         similarities = query[begin : begin + block] @ gallery.T
@@ -64,6 +80,7 @@ def evaluate(
             wrong = np.concatenate([similarity[: own.start], similarity[own.stop :]])
             ranks = _ranks(similarity[own][admissible], wrong)
             hits = np.arange(1, len(ranks) + 1)
+            matched.append(index)
             average_precisions.append(np.mean(hits / ranks))
             inverse_penalties.append(len(ranks) / ranks[-1])
             first_ranks.append(ranks[0])
@@ -72,13 +89,24 @@ def evaluate(
             f"retrieval: none of the {len(query)} queries has a match among the {len(gallery)} gallery images; check "
             f"that the benchmark's query and gallery name identities alike and see them by different cameras"
         )
-    first = np.array(first_ranks)
     return {
-        "mAP": float(np.mean(average_precisions)),
+        "query": np.array(matched),
+        "identity": query_ids[matched],
+        "average_precision": np.array(average_precisions),
+        "inverse_penalty": np.array(inverse_penalties),
+        "first_rank": np.array(first_ranks),
+    }
+
+
+def metrics(outcomes: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """``mAP``, ``rank1``, ``rank5``, ``rank10`` and ``mINP``, in 0..1."""
+    first = outcomes["first_rank"]
+    return {
+        "mAP": float(np.mean(outcomes["average_precision"])),
         "rank1": float(np.mean(first <= 1)),
         "rank5": float(np.mean(first <= 5)),
         "rank10": float(np.mean(first <= 10)),
-        "mINP": float(np.mean(inverse_penalties)),
+        "mINP": float(np.mean(outcomes["inverse_penalty"])),
     }
 
 

@@ -1,5 +1,7 @@
 """Verification, "are these two the same?", by the protocol of LFW (Huang et al., 2007)."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from ufo_ds.errors import UserError
@@ -9,7 +11,12 @@ _THRESHOLDS = np.arange(0, 4, 0.01)  # squared L2 distance of two unit vectors: 
 
 
 def evaluate(features: np.ndarray, pairs: np.ndarray) -> dict[str, float]:
-    """Accuracy over folds; each fold is judged by the threshold that is best on all the others.
+    """Accuracy over folds: :func:`metrics` of :func:`outcomes`."""
+    return metrics(outcomes(features, pairs))
+
+
+def outcomes(features: np.ndarray, pairs: np.ndarray) -> dict[str, np.ndarray]:
+    """Which pairs are judged rightly; each fold is judged by the threshold that is best on all the others.
 
     A pair is called the same when the squared L2 distance of its normalised features is below the threshold. Of
     several thresholds equally good on the other folds the smallest is taken, as in the evaluation code of facenet and
@@ -20,8 +27,7 @@ def evaluate(features: np.ndarray, pairs: np.ndarray) -> dict[str, float]:
         pairs: int64 [M, 4]: fold, index of the first image, index of the second, 1 if they are the same else 0.
 
     Returns:
-        ``accuracy`` and ``accuracy_std`` (mean and standard deviation over folds, in 0..1), ``threshold`` (mean over
-        folds, a squared distance in 0..4).
+        Of every pair: ``right``, bool [M]; ``fold``, int [M]; ``threshold``, float [M], the one of its fold.
 
     Raises:
         UserError: fewer than two folds.
@@ -36,15 +42,23 @@ def evaluate(features: np.ndarray, pairs: np.ndarray) -> dict[str, float]:
         )
     features = normalise(features)
     distance = np.square(features[first] - features[second]).sum(axis=1)
-    size = np.array([np.sum(fold_of == fold) for fold in folds])
     # Right answers [fold, threshold].
     right = np.stack([_right_answers(distance[fold_of == fold], same[fold_of == fold]) for fold in folds])
     best = np.argmax(right.sum(axis=0) - right, axis=1)  # the first of equals
-    accuracy = right[np.arange(len(folds)), best] / size
+    threshold = _THRESHOLDS[best][np.searchsorted(folds, fold_of)]
+    judged = ((distance < threshold) == same) & ~np.isnan(distance)
+    return {"right": judged, "fold": fold_of, "threshold": threshold}
+
+
+def metrics(outcomes: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """``accuracy`` and ``accuracy_std`` (mean and standard deviation over folds, in 0..1), ``threshold`` (mean over
+    folds, a squared distance in 0..4)."""
+    folds, first = np.unique(outcomes["fold"], return_index=True)
+    accuracy = np.array([outcomes["right"][outcomes["fold"] == fold].mean() for fold in folds])
     return {
         "accuracy": float(accuracy.mean()),
         "accuracy_std": float(accuracy.std()),
-        "threshold": float(_THRESHOLDS[best].mean()),
+        "threshold": float(outcomes["threshold"][first].mean()),
     }
 
 

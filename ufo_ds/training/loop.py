@@ -14,7 +14,7 @@ from ufo_ds import checkpoint
 from ufo_ds.data.mixing import Batch, HeterogeneousBatches, IsomorphicBatches, loader
 from ufo_ds.data.source import TrainSource
 from ufo_ds.errors import UserError
-from ufo_ds.evaluation import benchmarks
+from ufo_ds.evaluation import benchmarks, outcomes
 from ufo_ds.parallel import checkpoint as parallel_checkpoint
 from ufo_ds.parallel.branching import branch
 from ufo_ds.parallel.engine import Engine
@@ -145,7 +145,9 @@ class Trainer:
         recipe = self.recipe
         predictions = self.engine.predict(self.images, recipe.evaluation.batch_size, recipe.data.workers)
         if self.directory is not None:
-            self.metrics = benchmarks.score(recipe, self.images, predictions, self.classes)
+            found = benchmarks.score(recipe, self.images, predictions, self.classes)
+            outcomes.store(self.directory.path, done, found)
+            self.metrics = outcomes.flatten(found)
             self.directory.record(done, self.metrics, "evaluation")
             for line in benchmarks.table(self.metrics):
                 self._say(f"  {line}")

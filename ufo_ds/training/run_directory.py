@@ -5,6 +5,7 @@
     recipe.yaml        the resolved recipe
     deepspeed.json     the resolved DeepSpeed configuration
     metrics.jsonl      one JSON object a line: losses and speed of logged steps, metrics of evaluations
+    evaluations/       step-00001000/ ...: what each evaluation found, item by item
     tensorboard/       the same for TensorBoard
     routes.png         learned routes and how they came about
     checkpoints/       step-00001000/ ..., best.json
@@ -13,6 +14,7 @@
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -59,6 +61,9 @@ class RunDirectory:
         path = self.path / "metrics.jsonl"
         kept = [line for line in path.read_text().splitlines() if _step(line) <= step] if path.exists() else []
         checkpoint.write_text(path, "".join(f"{line}\n" for line in kept))
+        for evaluation in (self.path / "evaluations").glob("step-*"):
+            if evaluation.name > checkpoint.name_of(step):
+                shutil.rmtree(evaluation)
         self._metrics = path.open("a")
         if self._tensorboard:
             from torch.utils.tensorboard.writer import SummaryWriter  # takes seconds to import
@@ -119,7 +124,7 @@ def resume_from(path: Path, recipe: Recipe) -> Path | None:
     if not found:
         return None
     saved = checkpoint.Reader(found[-1]).index.recipe
-    for key, was, now in _differences(saved, dump(recipe)):
+    for key, was, now in differences(saved, dump(recipe)):
         if not key.startswith(_FREE):
             raise UserError(
                 f"--run_dir {path} holds a checkpoint of another recipe: {key} was {was!r}, is {now!r}: "
@@ -128,12 +133,13 @@ def resume_from(path: Path, recipe: Recipe) -> Path | None:
     return found[-1]
 
 
-def _differences(a: Any, b: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+def differences(a: Any, b: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """Where two dumped recipes differ: key, value in ``a``, value in ``b``."""
     if isinstance(a, dict) and isinstance(b, dict):
         keys = [*a, *(k for k in b if k not in a)]
-        return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{key}.{k}" if key else k)]
+        return [d for k in keys for d in differences(a.get(k), b.get(k), f"{key}.{k}" if key else k)]
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in _differences(x, y, f"{key}.{_tag(x, i)}")]
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{key}.{_tag(x, i)}")]
     return [] if a == b else [(key, a, b)]
 
 
