@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ufo_ds.model.packing import Segment, buckets, concatenate, patchify, split, unpatchify
+from ufo_ds.model.packing import Segment, buckets, concatenate, patchify, same_grid, split, unpatchify
 from ufo_ds.recipe import stem_stride
 
 
@@ -41,14 +41,13 @@ class Embedding(nn.Module):
         patch_ND = self.patch(x_NP)
         if not segments:
             return patch_ND + self.position[:1] + (0 if self.cls is None else self.cls)
-        pieces, row = [], 0
-        for segment in segments:
-            x_BLD = patch_ND[row : row + segment.rows].unflatten(0, (segment.images, segment.tokens))
+        pieces, runs = [], same_grid(segments)
+        for x_ND, run in zip(split(patch_ND, runs), runs, strict=True):
+            x_BLD = x_ND.unflatten(0, (run.images, run.tokens))
             if self.cls is not None:
-                x_BLD = torch.cat([self.cls.expand(segment.images, 1, -1), x_BLD[:, 1:]], dim=1)
-            x_BLD = x_BLD + resize_position(self.position, self.grid_hw, segment.grid_hw)
+                x_BLD = torch.cat([self.cls.expand(run.images, 1, -1), x_BLD[:, 1:]], dim=1)
+            x_BLD = x_BLD + resize_position(self.position, self.grid_hw, run.grid_hw)
             pieces.append(x_BLD.flatten(0, 1))
-            row += segment.rows
         return concatenate(pieces, patch_ND)
 
     def _stemmed(self, x_NP: Tensor, segments: Sequence[Segment]) -> Tensor:
@@ -116,13 +115,11 @@ class Attention(nn.Module):
 
     def forward(self, x_ND: Tensor, segments: Sequence[Segment]) -> Tensor:
         qkv = self.qkv(x_ND)
-        outputs, row = [], 0
-        for images, tokens in buckets(segments):
-            rows = images * tokens
-            q, k, v = qkv[row : row + rows].view(images, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        outputs, runs = [], list(buckets(segments))
+        for x, (images, tokens) in zip(qkv.split([i * t for i, t in runs]) if runs else [], runs, strict=True):
+            q, k, v = x.view(images, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
             y = attend(q, k, v)
-            outputs.append(y.transpose(1, 2).reshape(rows, -1))
-            row += rows
+            outputs.append(y.transpose(1, 2).reshape(images * tokens, -1))
         # Without rows the values stand in, which keeps both projections in the graph.
         return self.proj(concatenate(outputs, qkv) if outputs else qkv.chunk(3, dim=-1)[2])
 

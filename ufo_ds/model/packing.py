@@ -6,6 +6,7 @@ Axes: N tokens (rows of the packed batch), D width, B images, L tokens of one im
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Literal
 
 import torch
@@ -66,6 +67,12 @@ def split(x_ND: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
     return list(torch.split(x_ND, [segment.rows for segment in segments]))
 
 
+def same_grid(segments: Sequence[Segment]) -> list[Segment]:
+    """Neighbouring segments of equal grid joined, whatever their tasks (the first one's stands for them)."""
+    runs = [list(run) for _, run in groupby(segments, key=lambda segment: segment.grid_hw)]
+    return [replace(run[0], images=sum(segment.images for segment in run)) for run in runs]
+
+
 def buckets(segments: Sequence[Segment]) -> Iterator[tuple[int, int]]:
     """Neighbouring segments of equal length joined: (images, tokens) of each, in order; empty ones are left out."""
     images, tokens = 0, 0
@@ -109,8 +116,7 @@ def patchify(images_BCHW: Tensor, patch_size: int, prefix: int) -> Tensor:
 
 def unpatchify(x_NP: Tensor, segment: Segment, patch_size: int) -> Tensor:
     """The images ``[B, C, h * patch_size, w * patch_size]`` that :func:`patchify` cut."""
-    h, w = segment.grid_hw
+    (h, w), channels = segment.grid_hw, x_NP.shape[1] // patch_size**2
     x_BLP = x_NP.unflatten(0, (segment.images, segment.tokens))[:, segment.prefix :]
-    channels = x_BLP.shape[2] // patch_size**2
     x = x_BLP.reshape(segment.images, h, w, channels, patch_size, patch_size).permute(0, 3, 1, 4, 2, 5)
     return x.reshape(segment.images, channels, h * patch_size, w * patch_size)
