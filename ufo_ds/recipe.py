@@ -46,6 +46,8 @@ class Backbone:
     # [24, 48, 48, 96, 96, 192, 192] leaves one position for each token.
     stem: list[Positive] = dataclasses.field(default_factory=list)
     pool: Literal["cls", "mean"] = "cls"  # the feature: the class token, or without one the mean of the patches' tokens
+    # Standard deviation of the initial position embedding; default: 1 / sqrt(dim). More of it helps small sets.
+    position_std: Annotated[float, Field(gt=0)] | None = None
     name: str = "custom"
 
     @model_validator(mode="before")

@@ -333,16 +333,16 @@ def init_weights(model: Supernet, device: torch.device | str = "cpu", pretrained
             shape, rows = parts.get(name, (parameter.shape, range(len(parameter))))
             value = pretrained(name, shape) if pretrained else None
             if value is None:
-                value = initial_value(name, shape, model.recipe.seed, rows)
+                value = initial_value(name, shape, model.recipe, rows)
             else:
                 value = value[rows.start : rows.stop]
             parameter[: len(rows)] = value
             parameter[len(rows) :] = 0.0  # padding
 
 
-def initial_value(name: str, shape: torch.Size, seed: int, rows: range | None = None) -> Tensor:
+def initial_value(name: str, shape: torch.Size, recipe: Recipe, rows: range | None = None) -> Tensor:
     """The initialisation of big_vision's ViT: norms 1, biases and class tokens 0, matrices by Glorot and Bengio
-    (2010), position embeddings of standard deviation 1 / sqrt(D). The router's logits are 0, classifiers small; a
+    (2010), position embeddings normal. The router's logits are 0, classifiers small; a
     stem's convolutions by He et al. (2015). Of a classifier, only ``rows`` if given."""
     parts = name.split(".")
     unit = parts[2] if parts[0] in ("blocks", "heads") else parts[0]
@@ -350,12 +350,13 @@ def initial_value(name: str, shape: torch.Size, seed: int, rows: range | None = 
         return torch.zeros(shape)
     if unit in ("norm", "norm1", "norm2", "neck") or parts[-2:] == ["norm", "weight"]:
         return torch.ones(shape)
-    generator = torch_generator(seed, "init", re.sub(r"\.own\.[a-z0-9_]+\.", ".shared.", name))
+    generator = torch_generator(recipe.seed, "init", re.sub(r"\.own\.[a-z0-9_]+\.", ".shared.", name))
     if unit == "classifier":
         return classifiers.draw_rows(shape, range(shape[0]) if rows is None else rows, generator)
     value = torch.empty(shape)
     if parts[-1] == "position":
-        return nn.init.normal_(value, std=shape[1] ** -0.5, generator=generator)
+        std = recipe.model.backbone.position_std or shape[1] ** -0.5
+        return nn.init.normal_(value, std=std, generator=generator)
     if parts[-2] == "qkv":  # three matrices in one
         for part in value.chunk(3):
             nn.init.xavier_uniform_(part, generator=generator)
