@@ -332,10 +332,7 @@ def init_weights(model: Supernet, device: torch.device | str = "cpu", pretrained
         for name, parameter in model.named_parameters():
             shape, rows = parts.get(name, (parameter.shape, range(len(parameter))))
             value = pretrained(name, shape) if pretrained else None
-            if value is None:
-                value = initial_value(name, shape, model.recipe, rows)
-            else:
-                value = value[rows.start : rows.stop]
+            value = initial_value(name, shape, model.recipe, rows) if value is None else value[rows.start : rows.stop]
             parameter[: len(rows)] = value
             parameter[len(rows) :] = 0.0  # padding
 
