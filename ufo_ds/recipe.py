@@ -399,6 +399,9 @@ class Checkpoint:
 @dataclass(config=STRICT, kw_only=True, frozen=True)
 class Logging:
     every: Positive = 10  # steps
+    # Steps between measurements of every task's gradient on what tasks share: its norm, and its cosine with the sum of
+    # the others'. One of them takes as long as the step once more for each task, and once for all; default: none.
+    conflict_every: Positive | None = None
     tensorboard: bool = True
 
 

@@ -5,7 +5,8 @@
 The reference is the plain single-device model: batch norm and triplet over the global micro-batch, torch's own
 optimizer and clipping; torch leaves alone what has no gradient, as copies that no path uses. For every case the result
 holds the largest relative difference (max |d| / max |reference|) of the losses, of the gradient of every parameter over
-all ranks, of the weights and their averages after the last step, and of the logits that the averages give.
+all ranks, of the weights and their averages after the last step, of the logits that the averages give, and
+with fixed routes of the tasks' gradient norms and cosines.
 """
 
 import json
@@ -24,13 +25,14 @@ from ufo_ds.model.parameters import unused
 from ufo_ds.model.supernet import Supernet, init_weights
 from ufo_ds.parallel import config as configs
 from ufo_ds.parallel.averages import averaged
+from ufo_ds.parallel.conflict import gradient_conflict
 from ufo_ds.parallel.engine import Engine
 from ufo_ds.parallel.experts import EMPTY
 from ufo_ds.parallel.launch import init_distributed
 from ufo_ds.seeding import torch_generator
 
 STEPS = 3
-MEASURES = ("loss", "gradient", "weight", "average", "output", "norm")
+MEASURES = ("loss", "gradient", "weight", "average", "output", "norm", "conflict")
 CLASSES = {"a": 5, "b": 7, "c": 3, "d": 4}
 MANY_CLASSES = {"a": 1003, "b": 1001, "c": 97, "d": 4}  # of cases with sharded heads; most do not divide
 
@@ -151,6 +153,30 @@ def reference_optimizer(groups: list[dict], options: recipes.Optimizer) -> torch
     return Lamb(groups, options.betas, options.norm_bounds)
 
 
+def reference_conflict(model: Supernet, batches: list[Batch], weights: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Norm and cosine by one backward pass a task and the definition, on what gets a gradient from several tasks."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    gradients: dict[str, dict[str, torch.Tensor]] = {}
+    for i, task in enumerate(model.tasks):
+        model.zero_grad()
+        for batch in batches:
+            (model(batch)[i].sum() * weights[i] / len(batches)).backward()
+        gradients[task] = {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.load_state_dict(before)  # running statistics
+    names = {name for of_task in gradients.values() for name in of_task}
+    both = [name for name in sorted(names) if sum(bool(g[name].any()) for g in gradients.values() if name in g) > 1]
+    flat = {task: torch.cat([of_task[name].flatten() for name in both]) for task, of_task in gradients.items() if both}
+    found = {}
+    for task, mine in flat.items():
+        others = sum(other for name, other in flat.items() if name != task)
+        found[task] = {
+            "gradient_norm": float(mine.norm()),
+            "gradient_cosine": float(mine @ others / (mine.norm() * others.norm())),
+        }
+    return found
+
+
 def evaluated(recipe: recipes.Recipe, classes: dict[str, int], values: dict[str, torch.Tensor], batch: Batch) -> dict:
     model = Supernet(recipe, classes)
     model.fill_constants()
@@ -200,12 +226,30 @@ def compare(case: dict) -> dict:
         if relative > worst[kind]:
             worst[kind], worst[f"{kind}_at"] = relative, where
 
+    def note_weights(kind: str, wanted: dict[str, torch.Tensor]) -> None:
+        for name, parameter in engine.model.named_parameters():
+            found = safe_get_full_fp32_param(parameter)
+            if EMPTY not in name and not name.endswith("qkv.bias"):  # Adam makes noise of the key bias' zero gradient
+                note(kind, found, wanted[name], name)
+        for name, buffer in engine.model.named_buffers():
+            if name.startswith("heads.") and EMPTY not in name:
+                note(kind, buffer, wanted[name], name)
+
     for step in range(STEPS):
         if step == 1 and case["routes"] == "freezing":
             logits = reference.router.logits
             likelier = {task: (x[:, 1] > x[:, 0]).tolist() for task, x in logits.items()}
             reference.set_routes(reference.decided_routes(likelier))
             assert engine.freeze_routes() == reference.routes
+        if step == 1 and case["routes"] == "frozen":
+            batches = [
+                global_batch(recipe, step, i, engine.samples, classes, False) for i in range(case["accumulation"])
+            ]
+            measured = gradient_conflict(engine, [part_of(batch, engine.positions()) for batch in batches])
+            for task, of_task in reference_conflict(reference, batches, weights).items():
+                assert measured[task].keys() == of_task.keys()
+                for key, wanted in of_task.items():
+                    note("conflict", torch.tensor(measured[task][key]), torch.tensor(wanted), f"{task} {key}")
         optimizer.zero_grad()
         for micro_step in range(case["accumulation"]):
             batch = global_batch(recipe, step, micro_step, engine.samples, classes, case["isomorphic"])
@@ -238,27 +282,16 @@ def compare(case: dict) -> dict:
             if name in expected and expected[name].grad is None:
                 continue
             averages[name] = decay * averages[name] + (1 - decay) * value
-
-    def note_weights(kind: str, wanted: dict[str, torch.Tensor]) -> None:
-        for name, parameter in engine.model.named_parameters():
-            found = safe_get_full_fp32_param(parameter)
-            if EMPTY not in name and not name.endswith("qkv.bias"):  # Adam makes noise of the key bias' zero gradient
-                note(kind, found, wanted[name], name)
-        for name, buffer in engine.model.named_buffers():
-            if name.startswith("heads.") and EMPTY not in name:
-                note(kind, buffer, wanted[name], name)
-
-    with averaged(engine):
-        note_weights("average", averages)
-        batch, owned = (
-            global_batch(recipe, STEPS, 0, engine.samples, classes, isomorphic=False),
-            engine.placement.owned(engine.rank, engine.samples),
-        )
-        engine.deepspeed.eval()
-        outputs = engine.deepspeed(part_of(batch, owned))
-        for name, wanted in evaluated(recipe, classes, averages, batch).items():
-            if rows := owned.get(name):
-                note("output", outputs[name].embedding, wanted.embedding[rows.start : rows.stop], name)
+        with averaged(engine):
+            note_weights("average", averages)
+            batch = global_batch(recipe, STEPS + step, 0, engine.samples, classes, isomorphic=False)
+            owned = engine.placement.owned(engine.rank, engine.samples)
+            engine.deepspeed.eval()
+            outputs = engine.deepspeed(part_of(batch, owned))
+            for name, wanted in evaluated(recipe, classes, averages, batch).items():
+                if rows := owned.get(name):
+                    note("output", outputs[name].embedding, wanted.embedding[rows.start : rows.stop], name)
+        engine.deepspeed.train()
     note_weights("weight", reference.state_dict())
     engine.deepspeed.destroy()
     everyone: list = [None] * dist.get_world_size()

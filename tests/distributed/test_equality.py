@@ -49,6 +49,7 @@ def check(ranks: int, cases: list[dict], tmp_path: Path) -> None:
         assert result["loss"] <= BOUND, line
         assert result["gradient"] <= BOUND, line
         assert result["norm"] <= BOUND, line
+        assert result["conflict"] <= BOUND, line
         # Adam divides by the gradient's size: where that is rounding noise, so is the step.
         bound = BOUND if result["case"]["optimizer"] in ("sgd", "lars") else 100 * BOUND
         assert result["weight"] <= bound, line

@@ -122,9 +122,11 @@ def test_the_averages_are_what_is_evaluated(uninterrupted):
 
 @pytest.mark.parametrize("victims", ["one", "all"])
 def test_kill_and_go_on(victims, recipe, uninterrupted, tmp_path):
-    """kill -9 in the middle of a step: over within seconds, the cause said; then the same numbers to the bit."""
+    """kill -9 in the middle of a step: over within seconds, the cause said; then the same numbers to the bit, also
+    where the conflict of gradients is measured now and then."""
     run = tmp_path / "run"
-    process = start(command(2, recipe, run))
+    measured = ["--logging.conflict_every", "3"] if victims == "all" else []
+    process = start(command(2, recipe, run, *measured))
     metrics = run / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and '"step": 6, "kind": "train"' in metrics.read_text(), process)
     pids = ranks_of(process)
@@ -136,9 +138,15 @@ def test_kill_and_go_on(victims, recipe, uninterrupted, tmp_path):
     if victims == "one":
         assert "lost another rank, which was killed or crashed" in output
         assert "Traceback" not in output
-    assert "going on from step 4" in train(2, recipe, run)
-    assert recorded(run) == recorded(uninterrupted)
+    assert "going on from step 4" in train(2, recipe, run, *measured)
+    assert [line for line in recorded(run) if line["kind"] != "conflict"] == recorded(uninterrupted)
     assert weights(run) == weights(uninterrupted)
+    conflict = [line for line in recorded(run) if line["kind"] == "conflict"]
+    assert [line["step"] for line in conflict] == ([3, 6, 9, 12] if measured else [])
+    for line in conflict:
+        for task in ("colours", "stripes"):
+            assert line[f"{task}/gradient_norm"] > 0
+            assert abs(line[f"{task}/gradient_cosine"]) <= 1
 
 
 def test_kill_while_saving(recipe, uninterrupted, tmp_path):

@@ -67,7 +67,7 @@ class Engine:
         owned = self.placement.tasks_of[self.placement.ep_rank(self.rank)]
         self._rows = [names.index(task) for task in owned]
         weights = [recipe.tasks[row].weight for row in self._rows]
-        self._task_weights = torch.tensor(weights + [1.0] * (self.placement.slots - len(owned)), device=self.device)
+        self.task_weights = torch.tensor(weights + [1.0] * (self.placement.slots - len(owned)), device=self.device)
         self._assert_alike()
 
     # --- construction ---------------------------------------------------------------------------------------------
@@ -87,16 +87,12 @@ class Engine:
         return engine
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        """What DeepSpeed tells apart: shared parameters, experts, and parts of classifiers that are on one rank each.
-        What a parameter's update looks like is the optimizer's matter
-        (:func:`ufo_ds.model.parameters.update_rule`)."""
+        """What DeepSpeed tells apart: shared parameters and experts, by the ranks they are partitioned over. How a
+        parameter is updated is the optimizer's matter (:func:`ufo_ds.model.parameters.update_rule`)."""
         found: dict[str, list[torch.nn.Parameter]] = {}
         for parameter in self.model.parameters():
             found.setdefault(getattr(parameter, "group_name", "shared"), []).append(parameter)
-        return [
-            {"params": found[name], "name": name, "moe": name != "shared"}
-            for name in sorted(found, key=lambda name: (name != "shared", name))
-        ]
+        return [{"params": found[name], "name": name, "moe": name != "shared"} for name in sorted(found)]
 
     def _assert_alike(self) -> None:
         """Ranks that differ in the number of modules, parameter groups or sub-groups would hang in a collective."""
@@ -143,7 +139,7 @@ class Engine:
         if self.config.exchange == "input" and self.placement.ep_size > 1:
             batch = exchange_samples(batch, self.placement, self.rank, self.samples)
         losses_SK = self.deepspeed(batch)  # of every slot
-        total = (losses_SK.sum(1) * self._task_weights).sum()
+        total = (losses_SK.sum(1) * self.task_weights).sum()
         # ZeRO averages gradients over all ranks, experts' too; the losses are already parts of a global mean.
         self.deepspeed.backward(total * self.world_size)
         parts_TK = torch.zeros(len(self.samples), len(LOSSES), device=self.device)
@@ -162,10 +158,19 @@ class Engine:
         self.deepspeed.step()
         if last:
             self.buffer_averages.update()
-        if last and self.config.stage == 3:
-            # A parameter without a gradient in the next step (of a unit that no route uses) would have this one
-            # applied again: ZeRO-3 only ever overwrites the buffer.
+            self.forget_gradients()
+
+    def forget_gradients(self) -> None:
+        """To be called after a step: a parameter without a gradient in the next one (of a unit that no route uses)
+        would have this one applied again, for ZeRO-3 only ever overwrites the buffer."""
+        if self.config.stage == 3:
             self.deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
+
+    def slot_mask(self, task: str) -> Tensor:
+        """1 for the task among the slots of this rank, as ``task_weights`` has them, 0 for the others."""
+        owned = self.placement.tasks_of[self.placement.ep_rank(self.rank)]
+        mask = torch.tensor([float(name == task) for name in owned], device=self.device)
+        return torch.nn.functional.pad(mask, (0, self.placement.slots - len(owned)))
 
     def mean_losses(self, parts_TK: Tensor) -> dict[str, dict[str, float]]:
         """Global mean losses of a step, the same on every rank."""

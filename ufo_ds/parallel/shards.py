@@ -83,10 +83,11 @@ def refresh_low_precision(engine: "Engine") -> None:
     """Make the parameters that the forward pass sees follow the fp32 partitions, after those were overwritten."""
     optimizer = engine.deepspeed.optimizer
     if engine.config.stage == 3:
+        # A forward pass may leave parameters gathered for the next one, which would then not see the new values.
+        optimizer.empty_partition_cache()
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
         if persistent := optimizer.persistent_parameters:
-            persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
     else:
         optimizer.update_lp_params()

@@ -17,6 +17,7 @@ from ufo_ds.errors import UserError
 from ufo_ds.evaluation import benchmarks, outcomes
 from ufo_ds.parallel import checkpoint as parallel_checkpoint
 from ufo_ds.parallel.branching import branch
+from ufo_ds.parallel.conflict import gradient_conflict
 from ufo_ds.parallel.engine import Engine
 from ufo_ds.recipe_file import dump
 from ufo_ds.training.run_directory import RunDirectory
@@ -75,9 +76,14 @@ class Trainer:
             if self._routes_are_due(step):
                 self._report_routes(self.engine.freeze_routes(), step)
             rate = learning_rate(step, recipe.optimizer, recipe.schedule)
-            parts = self.engine.step(self._noted(islice(batches, gas)), rate)
+            done, of_step = step + 1, self._noted(islice(batches, gas))
+            if recipe.logging.conflict_every is not None and done % recipe.logging.conflict_every == 0:
+                of_step = iter(kept := list(of_step))
+                began = time.perf_counter()
+                self._record_conflict(done, kept)
+                clock += time.perf_counter() - began
+            parts = self.engine.step(of_step, rate)
             progress.update()
-            done = step + 1
             if done % recipe.logging.every == 0 or done == steps:
                 seconds, clock = time.perf_counter() - clock, time.perf_counter()
                 self._record_step(done, parts, rate, seconds / (done - counted))
@@ -137,6 +143,12 @@ class Trainer:
             f"step {done}/{self.recipe.schedule.steps}  loss {total:.3f}  ({parts_text})  lr {rate:.2e}  "
             f"{values['images_per_second']:.0f} images/s"
         )
+
+    def _record_conflict(self, done: int, batches: list[Batch]) -> None:
+        found = gradient_conflict(self.engine, batches)
+        if self.directory is not None and found:
+            values = {f"{task}/{key}": value for task, of_task in found.items() for key, value in of_task.items()}
+            self.directory.record(done, values, "conflict")
 
     def _evaluate(self, done: int) -> bool:
         """Evaluate on all ranks; whether these are the best metrics so far."""

@@ -71,7 +71,7 @@ class RunDirectory:
             self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
 
     def record(self, step: int, values: dict[str, float], kind: str) -> None:
-        """Append one line; ``kind`` is ``train`` or ``evaluation``."""
+        """Append one line; ``kind`` is ``train``, ``evaluation`` or ``conflict``."""
         assert self._metrics is not None
         print(json.dumps({"step": step, "kind": kind, **values}), file=self._metrics, flush=True)
         if self._board is not None:

@@ -1,0 +1,162 @@
+"""One model for six tasks against a model for each, on six small public data sets (recipe ``open_small``).
+
+    export OPEN_SMALL=data_shards/open_small/test      # made by: ufo shards open_small SOURCE data_shards/open_small
+    python benchmarks/open_small.py --seeds 3
+
+Trains every arm with every seed, one thread each and ``--jobs`` at a time, and compares them with ``ufo compare``'s
+intervals. All arms see the same samples of each task. Runs that are finished are not repeated, and one that was killed
+goes on. Prints the table as Markdown, and as its last line one JSON object.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from ufo_ds import compare, recipe_file
+from ufo_ds.evaluation import statistics
+
+REPOSITORY = Path(__file__).parents[1]
+SHARED = ["--model.experts", "[]", "--model.routes", "{}", "--model.branch_at", "null"]
+TASKS = ("omniglot", "vehicles", "groceries", "faces", "clothing", "digits")
+TWINS = "each task alone"
+ARMS: dict[str, list[str]] = {  # what differs from the recipe
+    "all shared": SHARED,
+    "all own FFNs": ["--model.experts", "[ffn]", "--model.routes", "{ffn: own}", "--model.branch_at", "null"],
+    "learned routes": [],
+}
+ABLATIONS: dict[str, list[str]] = {
+    "isomorphic batches": [*SHARED, "--data.batches", "isomorphic"],
+    "drop path 0.1": [*SHARED, "--model.drop_path", "0.1"],
+    "drop path 0.2": [*SHARED, "--model.drop_path", "0.2"],
+}
+# Chance, and floors without learning of features: nearest neighbours of 32x32 grey pixels; PCA + LDA fitted on train.
+FLOORS = {
+    "omniglot": (0.022, 0.130, 0.133),
+    "vehicles": (0.048, 0.366, 0.484),
+    "groceries": (0.060, 0.123, 0.269),
+    "faces": (0.500, 0.825, 0.875),
+    "clothing": (0.196, 0.347, None),
+    "digits": (0.100, 0.761, None),
+}
+BARS = {"omniglot": 0.28, "vehicles": 0.72, "groceries": 0.38, "faces": 0.89, "clothing": 0.38, "digits": 0.92}
+MEASURES = {"retrieval": "mAP", "verification": "pair accuracy", "classification": "top-1"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/open_small"), help="where the runs live")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="trainings at a time")
+    parser.add_argument("--quick", action="store_true", help="a few steps of two arms: for trying it, says nothing")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    options = parser.parse_args()
+    arms = {**ARMS, **ABLATIONS}
+    more: list[str] = []
+    if options.quick:
+        options.runs, options.seeds = options.runs / "quick", 1
+        arms = {"all shared": SHARED, "learned routes": []}
+        more = ["--schedule.steps", "12", "--model.branch_at", "4", "--model.router.freeze_at", "8"]
+    jobs = list(trainings(options.runs, arms, options.seeds, options.quick, more))
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for done, (path, seconds) in enumerate(pool.map(train, jobs), start=1):
+            print(f"[{done}/{len(jobs)}] {path.name}: {seconds}", flush=True)
+    found = figures(options.runs, [*arms, *([] if options.quick else [TWINS])])
+    print("\n".join(table(found)))
+    result = {"benchmark": "open_small", "figures": found, "bars": {} if options.quick else bars(found)}
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+def place(runs: Path, arm: str, seed: int, task: str | None = None) -> Path:
+    return runs / "-".join([arm.replace(" ", "_"), *([task] if task else []), str(seed)])
+
+
+def trainings(
+    runs: Path, arms: dict[str, list[str]], seeds: int, quick: bool, more: list[str]
+) -> Iterator[tuple[Path, list[str]]]:
+    """Run directory and arguments of every training; seed by seed, so that whole comparisons come early."""
+    for seed in range(seeds):
+        for arm, differs in arms.items():
+            steps = []
+            if "isomorphic" in differs:  # one task a step: as many samples of each need as many times the steps
+                recipe = recipe_file.load("open_small")
+                schedule, tasks = recipe.schedule, len(recipe.tasks)
+                steps = ["--schedule.steps", str(schedule.steps * tasks), "--schedule.warmup_steps",
+                         str(schedule.warmup_steps * tasks)]  # fmt: skip
+            yield place(runs, arm, seed), [*differs, *steps, *more, "--seed", str(seed)]
+        if not quick:
+            for task in TASKS:
+                yield place(runs, TWINS, seed, task), [*SHARED, *more, "--task", task, "--seed", str(seed)]
+
+
+def train(job: tuple[Path, list[str]]) -> tuple[Path, str]:
+    path, arguments = job
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = [
+        sys.executable, str(REPOSITORY / "ufo_ds" / "train.py"),
+        "--deepspeed", str(REPOSITORY / "ds_configs" / "autocast.json"),
+        "--recipe", "open_small", "--run_dir", str(path), *arguments,
+    ]  # fmt: skip
+    with path.with_suffix(".log").open("w") as log:
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise SystemExit(f"{path} failed: see {path.with_suffix('.log')}")
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    speeds = [line["images_per_second"] for line in lines if line["kind"] == "train"]
+    return path, f"{np.median(speeds):.0f} images/s"
+
+
+def figures(runs: Path, arms: list[str]) -> dict[str, dict]:
+    """Per arm and benchmark: the metric of every seed and, against the twins, the difference with its interval."""
+    read = {arm: compare.read_arm(f"{runs}/{arm.replace(' ', '_')}-*[0-9]") for arm in arms}
+    found: dict[str, dict] = {}
+    for arm, of_arm in read.items():
+        found[arm] = {name.split("/")[0]: {"seeds": of_arm.main_metric(name)} for name in of_arm.benchmarks}
+        if TWINS in read and arm != TWINS:
+            for row in compare.compare(of_arm, read[TWINS]):
+                low, high = row.difference.interval
+                entry = found[arm].setdefault(row.name.split("/")[0], {})
+                entry |= {"minus_twins": row.difference.value, "interval": [low, high], "verdict": row.verdict}
+    return found
+
+
+def table(found: dict[str, dict]) -> Iterator[str]:
+    """Markdown: means over seeds, and the difference to the twins with its 95% interval."""
+    arms = list(found)
+    yield "| task | chance | pixels | LDA | " + " | ".join(arms) + " |"
+    yield "|---" * (4 + len(arms)) + "|"
+    for task in TASKS:
+        floors = ["" if value is None else f"{value:.3f}" for value in FLOORS[task]]
+        cells = []
+        for arm in arms:
+            entry = found[arm][task]
+            text = f"{np.mean(entry['seeds']):.3f}"
+            if "interval" in entry:
+                low, high = entry["interval"]
+                text += f" ({100 * low:+.1f} .. {100 * high:+.1f})"
+            cells.append(text)
+        yield f"| {task} | " + " | ".join(floors + cells) + " |"
+
+
+def bars(found: dict[str, dict]) -> dict[str, dict]:
+    joint, twins = found["learned routes"], found[TWINS]
+    result = {}
+    for task, bar in BARS.items():
+        value = float(np.mean(joint[task]["seeds"]))
+        result[task] = {"value": round(value, 4), "bar": bar, "ok": value >= bar}
+    behind = max(float(np.mean(twins[task]["seeds"]) - np.mean(joint[task]["seeds"])) for task in TASKS)
+    result["points_behind_a_twin"] = {"value": round(100 * behind, 2), "bar": 5.0, "ok": behind <= 0.05}
+    return result
+
+
+if __name__ == "__main__":
+    assert statistics.ALPHA == 0.05
+    main()
