@@ -2,9 +2,15 @@
 
 import numpy as np
 import pytest
+import torch
 
+from tests import tiny
+from ufo_ds import recipe_file
+from ufo_ds.data.evaluation_set import EvaluationSet
 from ufo_ds.errors import UserError
-from ufo_ds.evaluation import classification, pixels, retrieval, verification
+from ufo_ds.evaluation import benchmarks, classification, outcomes, pixels, retrieval, verification
+from ufo_ds.model.heads import Outputs
+from ufo_ds.recipe import only
 
 
 def test_top1_counts_ties_and_nan_as_wrong():
@@ -169,3 +175,87 @@ def test_nearest_neighbour_scores():
     # Cosines 30 and 30 degrees away from class 0, 60 from class 2; then 30 and 0.
     expected = [[np.sqrt(3) / 2, -np.inf, 0.5, -np.inf], [np.sqrt(3) / 2, -np.inf, 1.0, -np.inf]]
     np.testing.assert_allclose(scores, expected, rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiny")
+    tiny.make(root)
+    return root
+
+
+def test_flip_is_the_average_with_the_mirror_image(shards):
+    """A set that one benchmark reads with flip and another without gives each its own; a model of pixels alone."""
+    stripes = f"{shards}/stripes"
+    entry = f"{{name: %s, protocol: retrieval, query: {stripes}, gallery: {stripes}, flip: %s}}"
+    more = f"[{entry % ('plain', 'false')}, {entry % ('mirrored', 'true')}]"
+    recipe = recipe_file.load(str(shards / "tiny.yaml"), [("tasks.stripes.benchmarks", more)])
+    images = benchmarks.open_images(recipe)
+    size = images["stripes"].input
+
+    projection = np.random.default_rng(0).normal(size=(3 * size[0] * size[1], 3)).astype(np.float32)
+
+    def features(pixels):  # so few that there are errors
+        return np.tanh((pixels.reshape(len(pixels), len(projection)) / 127.5 - 1).astype(np.float32) @ projection)
+
+    def forward(batch):
+        outputs = {"stripes": features(batch.tasks["stripes"].images.numpy())}
+        return {name: Outputs(torch.from_numpy(x), torch.from_numpy(x)) for name, x in outputs.items()}
+
+    images = {"stripes": images["stripes"]}
+    ranges = {"stripes": range(len(images["stripes"]))}
+    predictions = benchmarks.predict(forward, images, ranges, 12, 7, 0)
+    found = benchmarks.score(only(recipe, ["stripes"]), images, predictions, {"stripes": []})
+
+    data = EvaluationSet.open(stripes)
+    pixel_values = np.stack([data.load(i, size) for i in range(len(data))])
+    ids = np.unique(data.label_names, return_inverse=True)[1]
+    cameras = np.unique(data.camera_names, return_inverse=True)[1]
+    plain = features(pixel_values)
+    mirrored = plain + features(pixel_values[..., ::-1].copy())
+    assert len(images["stripes"]) == 2 * len(data)
+    for name, expected in (("plain", plain), ("mirrored", mirrored)):
+        metrics = retrieval.evaluate(expected, ids, cameras, expected, ids, cameras)
+        assert found[f"stripes/{name}"].metrics() == pytest.approx(metrics)
+        assert found[f"stripes/{name}"].flip == (name == "mirrored")
+    assert found["stripes/plain"].metrics() != found["stripes/mirrored"].metrics()
+
+
+def test_outcomes_name_what_they_are_of(shards):
+    """Scores, weights and clusters of each protocol, from the shards' own names."""
+    recipe = recipe_file.load(str(shards / "tiny.yaml"))
+    images = benchmarks.open_images(recipe)
+    generator = np.random.default_rng(0)
+    predictions = {
+        name: (0, generator.normal(size=(len(of_task), 8)), generator.normal(size=(len(of_task), 3)))
+        for name, of_task in images.items()
+    }
+    found = benchmarks.score(recipe, images, predictions, {"colours": ["colour0", "colour1", "colour2"], "stripes": []})
+    for key, metric in (
+        ("colours/colours", "top1"), ("stripes/stripes", "mAP"), ("stripes/stripe_pairs", "accuracy"),
+    ):  # fmt: skip
+        assert found[key].scores @ found[key].items.weight == pytest.approx(found[key].metrics()[metric])
+    names = EvaluationSet.open(f"{shards}/stripes").label_names
+    of_query = found["stripes/stripes"].arrays
+    assert [names[query] for query in of_query["query"]] == [f"id{i}" for i in of_query["identity"]]
+    data = EvaluationSet.open(f"{shards}/pairs")
+    identity = found["stripes/stripe_pairs"].arrays["identity"]
+    assert [[sorted(data.label_names)[i] for i in pair] for pair in identity] == [
+        [data.label_names[i] for i in pair] for pair in data.pairs[:, 1:3]
+    ]
+    assert len({one.data for one in found.values()}) == 3
+
+
+def test_outcomes_come_back_as_they_were_kept(tmp_path):
+    arrays = {"right": np.array([True, False, True]), "label": np.array([2, 0, 1])}
+    kept = outcomes.Outcomes("classification", True, "digest", arrays)
+    outcomes.store(tmp_path, 5, {"task/a name/with:odd characters": kept})
+    (file,) = (tmp_path / "evaluations" / "step-00000005").iterdir()  # and no temporary file
+    assert file.name.startswith("task.")
+    found = outcomes.load(tmp_path, 5, "task/a name/with:odd characters")
+    assert (found.protocol, found.flip, found.data) == ("classification", True, "digest")
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found.arrays[name], array)
+    assert found.metrics() == {"top1": 2 / 3}
+    with pytest.raises(UserError, match="is missing"):
+        outcomes.load(tmp_path, 6, "task/a name/with:odd characters")

@@ -55,7 +55,7 @@ class Arm:
         return [found[benchmark] for found in self.seeds.values()]
 
     def main_metric(self, benchmark: str) -> list[float]:
-        return self.metrics(benchmark)[MAIN_METRIC[self.of(benchmark)[0].protocol]]
+        return [float(found.scores @ found.items.weight) for found in self.of(benchmark)]
 
     def metrics(self, benchmark: str) -> dict[str, list[float]]:
         """Every metric, of each seed."""
@@ -110,7 +110,7 @@ def read_run(path: Path) -> Run:
     """A finished run with what its last evaluation found.
 
     Raises:
-        UserError: no run directory, or nothing is kept of its last step.
+        UserError: no run directory, or nothing was kept of its last step.
     """
     if not (path / "recipe.yaml").is_file():
         raise UserError(f"{path} is no run directory (it has no recipe.yaml): give one that was trained")
@@ -118,14 +118,7 @@ def read_run(path: Path) -> Run:
     keys = [f"{task.name}/{benchmark.name}" for task in recipe.tasks for benchmark in task.benchmarks]
     if not keys:
         raise UserError(f"{path}: its recipe has no benchmarks: there is nothing to compare")
-    step = recipe.schedule.steps
-    try:
-        return Run(path, recipe, {key: outcomes.load(path, step, key) for key in keys})
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path}: {error.filename or 'an evaluation'} of its last step is missing: finish the training, or `ufo "
-            f"evaluate {path} --last` if it is finished"
-        ) from None
+    return Run(path, recipe, {key: outcomes.load(path, recipe.schedule.steps, key) for key in keys})
 
 
 def read_arm(text: str) -> Arm:

@@ -93,10 +93,13 @@ def load(run: Path, step: int, key: str) -> Outcomes:
     """Read what :func:`store` wrote of one benchmark.
 
     Raises:
-        FileNotFoundError: nothing was.
-        UserError: the file is damaged.
+        UserError: nothing was, or the file is damaged.
     """
     path = _path(run, step, key)
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing: finish the training in {run}, or `ufo evaluate {run} --last` if it is finished"
+        )
     try:
         with safe_open(path, "np") as file:
             about = json.loads((file.metadata() or {})["about"])
