@@ -133,6 +133,7 @@ class Head:
     """``linear``: logits. ``margin``: a BN neck and a cosine classifier (its losses add the margin)."""
 
     type: Literal["linear", "margin"]
+    neck: bool = False  # a BN neck before a linear classifier as well
     sharded: bool = False  # the classifier's rows are spread over the ranks that hold the task, each with its part
     # Share of the classes that are not in the batch against which a margin head's samples are set, drawn every step.
     sampled_negatives: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -178,7 +179,7 @@ class Circle:
 @dataclass(config=STRICT, kw_only=True, frozen=True)
 class Triplet:
     margin: float | Literal["soft"] = "soft"
-    normalize: bool = False  # distances between features of length 1
+    normalize: bool = False  # distances between embeddings, behind the neck, of length 1
     weight: float = 1.0
 
 

@@ -18,7 +18,7 @@ from ufo_ds.model.hub import UfoViTConfig
 from ufo_ds.model.layers import resize_position
 from ufo_ds.model.spec import SubnetSpec
 from ufo_ds.model.supernet import Pretrained
-from ufo_ds.recipe import Backbone, Recipe, stem_stride
+from ufo_ds.recipe import Backbone, Recipe, Task, stem_stride
 
 Read = Callable[[str], Tensor]  # a parameter or buffer of the supernet by its name
 
@@ -95,12 +95,29 @@ def vit_state(recipe: Recipe, spec: SubnetSpec, read: Read) -> dict[str, Tensor]
             for kind in ("weight", "bias"):
                 state[f"{theirs}.{kind}"] = read(f"{ours}.{kind}")
     state["pooler.dense.weight"], state["pooler.dense.bias"] = torch.eye(dim), torch.zeros(dim)
-    if task.head.type == "margin":
-        neck = f"heads.{task.name}.neck"
-        scale = read(f"{neck}.weight") * torch.rsqrt(read(f"{neck}.running_var") + BatchNormNeck.eps)
-        state["pooler.dense.weight"] = torch.diag(scale)
-        state["pooler.dense.bias"] = -scale * read(f"{neck}.running_mean")
+    if task.head.type == "margin" or task.head.neck:
+        scale_D, shift_D = _neck(task, read)
+        state["pooler.dense.weight"], state["pooler.dense.bias"] = torch.diag(scale_D), shift_D
     return state
+
+
+def classifier_state(task: Task, read: Read) -> dict[str, Tensor]:
+    """Weight and bias of a linear head, as they follow the feature itself: a neck is folded in."""
+    head = f"heads.{task.name}"
+    weight_CD, bias_C = read(f"{head}.classifier.weight"), read(f"{head}.classifier.bias")
+    if task.head.neck:
+        scale_D, shift_D = _neck(task, read)
+        weight_CD, bias_C = weight_CD * scale_D, bias_C + weight_CD @ shift_D
+    return {"classifier.weight": weight_CD, "classifier.bias": bias_C}
+
+
+def _neck(task: Task, read: Read) -> tuple[Tensor, Tensor]:
+    """What the neck's batch norm multiplies by and adds in evaluation."""
+    neck = f"heads.{task.name}.neck"
+    scale_D = torch.rsqrt(read(f"{neck}.running_var") + BatchNormNeck.eps)
+    if task.head.type == "margin":
+        scale_D = scale_D * read(f"{neck}.weight")
+    return scale_D, -scale_D * read(f"{neck}.running_mean")
 
 
 def pretrained_values(recipe: Recipe) -> Pretrained:

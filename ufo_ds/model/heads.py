@@ -31,9 +31,9 @@ class BatchNormNeck(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, scale: bool):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim))
+        self.weight = nn.Parameter(torch.empty(dim)) if scale else None
         self.register_buffer("running_mean", torch.zeros(dim))
         self.register_buffer("running_var", torch.ones(dim))
         self.group = HolderGroup()
@@ -44,7 +44,8 @@ class BatchNormNeck(nn.Module):
             mean_D, var_D = self._batch_statistics(x_BD)
         else:
             mean_D, var_D = self.running_mean, self.running_var
-        return (x_BD - mean_D) * torch.rsqrt(var_D + self.eps) * self.weight.float()
+        y_BD = (x_BD - mean_D) * torch.rsqrt(var_D + self.eps)
+        return y_BD if self.weight is None else y_BD * self.weight.float()
 
     def _batch_statistics(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
         # Two passes: the mean of squares minus the square of the mean cancels where features hardly differ.
@@ -72,8 +73,8 @@ class Outputs(NamedTuple):
 
 
 class TaskHead(nn.Module):
-    """``linear``: logits of the feature. ``margin``: BN neck, then cosines; the embedding is the feature after the
-    neck, the triplet loss sees the one before it.
+    """``linear``: logits of the feature. ``margin``: BN neck, then cosines. The embedding is the feature after the
+    neck, if there is one. A triplet loss sees the one before it, or normalised what is compared in the end.
 
     Args:
         key: of the random stream by which sampled negatives are drawn, with the step.
@@ -82,7 +83,8 @@ class TaskHead(nn.Module):
     def __init__(self, options: Head, dim: int, num_classes: int, loss: Loss, key: tuple[int | str, ...] = ()):
         super().__init__()
         margin = options.type == "margin"
-        self.neck = BatchNormNeck(dim) if margin else nn.Identity()
+        # A linear classifier needs no scale before it, and then all heads have two parameters.
+        self.neck = BatchNormNeck(dim, scale=margin) if margin or options.neck else nn.Identity()
         self.classifier: Classifier = (CosineClassifier if margin else LinearClassifier)(dim, num_classes)
         self.options, self.loss, self.key = options, loss, key
         self.group = HolderGroup()
@@ -123,9 +125,7 @@ class TaskHead(nn.Module):
             return Outputs(embedding_BD, self.classifier(embedding_BD))
         values = self._classification(embedding_BD, labels_B, global_count, moment)
         if (triplet := self.loss.triplet) is not None:
-            features_BD = features_BD.float()
-            if triplet.normalize:
-                features_BD = F.normalize(features_BD)
+            features_BD = F.normalize(embedding_BD.float()) if triplet.normalize else features_BD.float()
             counts = self.group.counts(global_count)
             everyone_MD, labels_M = [self.group.all_gather(x, counts) for x in (features_BD, labels_B)]
             values["triplet"] = triplet.weight * losses.batch_hard_triplet(

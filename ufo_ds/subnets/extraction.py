@@ -28,7 +28,7 @@ from ufo_ds.checkpoint import Reader, write_text
 from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.data.transforms import evaluation_transform
 from ufo_ds.errors import UserError
-from ufo_ds.model.dense import is_stock, vit_config, vit_state
+from ufo_ds.model.dense import classifier_state, is_stock, vit_config, vit_state
 from ufo_ds.model.hub import UfoViTConfig, UfoViTForImageClassification, UfoViTModel
 from ufo_ds.model.loading import check_path, load_supernet
 from ufo_ds.model.spec import SubnetSpec
@@ -62,8 +62,7 @@ def extract(reader: Reader, spec: SubnetSpec, out: Path) -> int:
         config.label2id = {name: label for label, name in enumerate(names)}
         model_class = ViTForImageClassification if stock else UfoViTForImageClassification
         state = {f"vit.{name}": value for name, value in state.items()}
-        state["classifier.weight"] = read(f"heads.{spec.task}.classifier.weight")
-        state["classifier.bias"] = read(f"heads.{spec.task}.classifier.bias")
+        state |= classifier_state(task, read)
     with torch.device("meta"):
         model = model_class(config)
     missing = set(model.state_dict()) - set(state)
