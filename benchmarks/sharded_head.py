@@ -26,7 +26,7 @@ from ufo_ds.model.classifiers import draw_rows
 from ufo_ds.model.heads import TaskHead
 from ufo_ds.parallel.collectives import RankGroup
 from ufo_ds.parallel.placement import share
-from ufo_ds.recipe import CosFace, Head, Loss
+from ufo_ds.recipe_task import CosFace, Head, Loss
 from ufo_ds.seeding import torch_generator
 
 RANKS, CLASSES = 4, 100_000

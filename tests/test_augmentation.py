@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from ufo_ds.data.augmentation import augmented
-from ufo_ds.recipe import Affine, Augment, Jitter
+from ufo_ds.recipe_task import Affine, Augment, Jitter
 from ufo_ds.seeding import numpy_generator
 
 

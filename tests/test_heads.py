@@ -8,7 +8,7 @@ from tests.test_losses import randn, random_labels, slow_triplet
 from ufo_ds import losses
 from ufo_ds.model.classifiers import draw_rows
 from ufo_ds.model.heads import LOSSES, BatchNormNeck, TaskHead
-from ufo_ds.recipe import AMSoftmax, ArcFace, Circle, CosFace, CrossEntropy, Head, Loss, Triplet
+from ufo_ds.recipe_task import AMSoftmax, ArcFace, Circle, CosFace, CrossEntropy, Head, Loss, Triplet
 from ufo_ds.seeding import torch_generator
 
 # --- the neck ---------------------------------------------------------------------------------------------------------

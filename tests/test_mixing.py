@@ -16,7 +16,7 @@ from ufo_ds.data.shards import write
 from ufo_ds.data.source import TrainSource
 from ufo_ds.data.transforms import evaluation_transform
 from ufo_ds.errors import UserError
-from ufo_ds.recipe import Augment, CosFace, CrossEntropy, Head, Loss, Task, TrainSet
+from ufo_ds.recipe_task import Augment, CosFace, CrossEntropy, Head, Loss, Task, TrainSet
 
 ACCUMULATION = 2
 

@@ -13,7 +13,7 @@ from ufo_ds.data.mixing import HeterogeneousBatches, loader
 from ufo_ds.data.source import TrainSource
 from ufo_ds.data.transforms import evaluation_transform
 from ufo_ds.errors import UserError
-from ufo_ds.recipe import Augment, Task
+from ufo_ds.recipe_task import Augment, Task
 
 COUNTS = {"p1": 2, "p2": 3, "p3": 3}
 

@@ -1,22 +1,18 @@
-"""A recipe: *what* is trained, as typed dataclasses. ``ufo_ds.recipe_file`` reads it from YAML and prints it back."""
+"""A recipe: *what* is trained, as typed dataclasses; its tasks are in ``ufo_ds.recipe_task``.
+
+``ufo_ds.recipe_file`` reads it from YAML and prints it back.
+"""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-import torch
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from ufo_ds.errors import UserError
-
-Unit = Literal["embed", "norm", "attn", "ffn"]
-Route = Literal["shared", "own", "learned"]
-Size = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]  # height, width in pixels
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
+from ufo_ds.recipe_task import STRICT, Positive, Route, Share, Size, Task, Unit
 
 # dim, depth, heads, MLP ratio, patch size of the published ViTs (Dosovitskiy et al., 2021, table 1; DeiT for the two
 # smallest).
@@ -27,8 +23,6 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "vit_large": {"dim": 1024, "depth": 24, "heads": 16, "patch_size": 16},
     "vit_huge": {"dim": 1280, "depth": 32, "heads": 16, "patch_size": 14},
 }
-
-STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
@@ -126,205 +120,6 @@ class Model:
         if isinstance(fields, dict) and isinstance(fields.get("backbone"), str):
             return {**fields, "backbone": {"name": fields["backbone"]}}
         return value
-
-
-@dataclass(config=STRICT, kw_only=True, frozen=True)
-class Head:
-    """``linear``: logits. ``margin``: a BN neck and a cosine classifier (its losses add the margin)."""
-
-    type: Literal["linear", "margin"]
-    neck: bool = False  # a BN neck before a linear classifier as well
-    sharded: bool = False  # the classifier's rows are spread over the ranks that hold the task, each with its part
-    # Share of the classes that are not in the batch against which a margin head's samples are set, drawn every step.
-    sampled_negatives: Annotated[float, Field(gt=0, le=1)] = 1.0
-
-
-@dataclass(config=STRICT, kw_only=True, frozen=True)
-class CrossEntropy:
-    label_smoothing: Share = 0.0
-    scale: Annotated[float, Field(gt=0)] | None = None  # of a margin head's cosines; a linear head needs none
-    weight: float = 1.0
-
-
-@dataclass(config=STRICT, kw_only=True, frozen=True)
-class CosFace:
-    scale: Annotated[float, Field(gt=0)] = 30.0
-    margin: Annotated[float, Field(ge=0)] = 0.2
-    weight: float = 1.0
-
-
-@dataclass(config=STRICT, kw_only=True, frozen=True)
-class AMSoftmax(CosFace):
-    """The formula of CosFace, published at the same time; recorded under its own name, with its paper's margin."""
-
-    margin: Annotated[float, Field(ge=0)] = 0.35
-
-
-@dataclass(config=STRICT, kw_only=True, frozen=True)
-class ArcFace:
-    scale: Annotated[float, Field(gt=0)] = 64.0
-    margin: Annotated[float, Field(ge=0, le=math.pi / 2)] = 0.5  # radians
-    weight: float = 1.0
-
-
-@dataclass(config=STRICT, kw_only=True, frozen=True)
-class Circle:
-    """With class-level labels."""
-
-    scale: Annotated[float, Field(gt=0)] = 128.0
-    margin: Annotated[float, Field(ge=0, lt=1)] = 0.25
-    weight: float = 1.0
-
-
-@dataclass(config=STRICT, kw_only=True, frozen=True)
-class Triplet:
-    margin: float | Literal["soft"] = "soft"
-    normalize: bool = False  # distances between embeddings, behind the neck, of length 1
-    weight: float = 1.0
-
-
-@dataclass(config=STRICT, kw_only=True, frozen=True)
-class Loss:
-    """A weighted sum of those that are given; weights are relative to each other, ``weight`` of the task is of all."""
-
-    cross_entropy: CrossEntropy | None = None
-    cosface: CosFace | None = None
-    am_softmax: AMSoftmax | None = None
-    arcface: ArcFace | None = None
-    circle: Circle | None = None
-    triplet: Triplet | None = None
-
-    @property
-    def on_cosines(self) -> list[str]:
-        """Those that only a margin head can have."""
-        return [name for name in ("cosface", "am_softmax", "arcface", "circle") if getattr(self, name) is not None]
-
-
-@dataclass(config=STRICT, kw_only=True, frozen=True)
-class TrainSet:
-    shards: str  # a directory made by `ufo shards`
-
-
-@dataclass(config=STRICT, kw_only=True, frozen=True)
-class Affine:
-    """A random affine map of the whole image onto the input, each part uniform; see ``ufo_ds.data.augmentation``."""
-
-    rotation: Annotated[float, Field(ge=0, le=180)] = 0.0  # degrees to either side
-    scale: tuple[Annotated[float, Field(ge=0.1)], Annotated[float, Field(le=10)]] = (1.0, 1.0)  # smallest, largest
-    shear: Annotated[float, Field(ge=0, le=60)] = 0.0  # degrees to either side, horizontally
-    translation: Share = 0.0  # of width and height, to either side
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "Affine":
-        if self.scale[0] > self.scale[1]:
-            raise ValueError(f"scale {list(self.scale)}: give the smaller one first")
-        return self
-
-
-@dataclass(config=STRICT, kw_only=True, frozen=True)
-class Jitter:
-    """Factors drawn from 1 +- the value; see ``ufo_ds.data.augmentation``."""
-
-    brightness: Share = 0.0
-    contrast: Share = 0.0
-    saturation: Share = 0.0
-    grayscale: Share = 0.0  # probability of no colour at all
-
-
-@dataclass(config=STRICT, kw_only=True, frozen=True)
-class Augment:
-    resize: Size | None = None  # of the image before all that is random, not below the input; default: the input
-    affine: Affine | None = None
-    jitter: Jitter | None = None
-    pad: Annotated[int, Field(ge=0)] = 0  # black pixels on every side, then a random crop to the input size
-    flip: bool = False
-    erasing: Share = 0.0  # probability of Random Erasing (Zhong et al., 2020)
-
-
-@dataclass(config=STRICT, kw_only=True, frozen=True)
-class Benchmark:
-    """Classification and verification read ``shards``; retrieval reads ``query`` and ``gallery``."""
-
-    name: str
-    protocol: Literal["classification", "retrieval", "verification"]
-    shards: str | None = None
-    query: str | None = None
-    gallery: str | None = None
-    flip: bool = False  # average the outputs of each image and its mirror image
-
-    @model_validator(mode="after")
-    def _has_its_shards(self) -> "Benchmark":
-        needs = ["query", "gallery"] if self.protocol == "retrieval" else ["shards"]
-        for key in ("shards", "query", "gallery"):
-            if (getattr(self, key) is None) == (key in needs):
-                raise ValueError(f"{self.name}: protocol {self.protocol} needs {' and '.join(needs)}, nothing else")
-        return self
-
-
-@dataclass(config=STRICT, kw_only=True, frozen=True)
-class Task:
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-    head: Head
-    loss: Loss
-    input: Size
-    samples_per_step: Positive
-    train: list[TrainSet] = dataclasses.field(default_factory=list)
-    num_classes: Positive | None = None  # of the images, before quarter_turns; default: counted in the shards
-    identities_per_step: Positive | None = None  # PK sampling: P identities of samples_per_step / P images each
-    weight: float = 1.0
-    lr_scale: Annotated[float, Field(ge=0)] = 1.0  # of the task's own copies and head
-    routes: dict[Unit, Route | list[Route]] = dataclasses.field(default_factory=dict)  # over model.routes
-    augment: Augment = dataclasses.field(default_factory=Augment)
-    # In training the quarter turns of an image are four classes, 4 x num_classes in all (Santoro et al., 2016).
-    quarter_turns: bool = False
-    benchmarks: list[Benchmark] = dataclasses.field(default_factory=list)
-
-    @model_validator(mode="after")
-    def _free_name(self) -> "Task":
-        if hasattr(torch.nn.ModuleDict, self.name):  # modules are named after tasks
-            raise ValueError(f"the name {self.name!r} is taken by PyTorch: choose another, such as {self.name}_task")
-        return self
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "Task":
-        p, n = self.identities_per_step, self.samples_per_step
-        if p and n < 2 * p:
-            raise ValueError(
-                f"{self.name}: samples_per_step {n} is smaller than P x K = {p} x 2; raise samples_per_step or lower "
-                f"identities_per_step"
-            )
-        if p and n % p:
-            raise ValueError(f"{self.name}: samples_per_step {n} is not a multiple of identities_per_step {p}")
-        if self.loss.triplet and not p:
-            raise ValueError(f"{self.name}: triplet needs identities_per_step (PK sampling)")
-        return self
-
-    @model_validator(mode="after")
-    def _losses_fit(self) -> "Task":
-        loss, ce = self.loss, self.loss.cross_entropy
-        if self.head.type == "linear":
-            if ce is None or loss.on_cosines or ce.scale is not None:
-                raise ValueError(f"{self.name}: a linear head goes with cross_entropy without scale, and needs it")
-            if self.head.sampled_negatives < 1:
-                raise ValueError(f"{self.name}: sampled_negatives is for margin heads: remove it")
-        elif ce is None and not loss.on_cosines:
-            raise ValueError(f"{self.name}: a margin head needs cosface, am_softmax, arcface, circle or cross_entropy")
-        elif ce is not None and ce.scale is None:
-            raise ValueError(f"{self.name}: cross_entropy of a margin head needs the scale of its cosines, such as 30")
-        elif self.head.sharded and any(b.protocol == "classification" for b in self.benchmarks):
-            raise ValueError(f"{self.name}: a sharded margin head gives no logits: remove classification benchmarks")
-        return self
-
-    @model_validator(mode="after")
-    def _images_fit(self) -> "Task":
-        size = self.augment.resize or self.input
-        if size[0] < self.input[0] or size[1] < self.input[1]:
-            raise ValueError(f"{self.name}: augment.resize {size} is smaller than the input {self.input}")
-        if self.quarter_turns and self.head.type != "margin":
-            raise ValueError(f"{self.name}: quarter_turns need a margin head: a linear one is tested on its classes")
-        if self.quarter_turns and (size[0] != size[1] or self.input[0] != self.input[1]):
-            raise ValueError(f"{self.name}: quarter_turns need a square input and resize, not {self.input} and {size}")
-        return self
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ufo_ds.model.heads import BatchNormNeck, TaskHead
 from ufo_ds.parallel.collectives import RankGroup
 from ufo_ds.parallel.placement import share
-from ufo_ds.recipe import AMSoftmax, ArcFace, Circle, CosFace, CrossEntropy, Head, Loss, Triplet
+from ufo_ds.recipe_task import AMSoftmax, ArcFace, Circle, CosFace, CrossEntropy, Head, Loss, Triplet
 from ufo_ds.seeding import torch_generator
 
 DIM = 6

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from ufo_ds.recipe import Affine, Augment, Jitter, Size
+from ufo_ds.recipe_task import Affine, Augment, Jitter, Size
 
 # Random Erasing (Zhong et al., 2020), section 4.1: the erased share of the area and its height / width.
 ERASING_AREA = (0.02, 0.4)

@@ -9,7 +9,7 @@ from ufo_ds.data.sampling import EpochOrder, PKOrder
 from ufo_ds.data.shards import ShardSet
 from ufo_ds.data.transforms import CorruptImage, channels_first, evaluation_transform, resized_pixels
 from ufo_ds.errors import UserError
-from ufo_ds.recipe import Task
+from ufo_ds.recipe_task import Task
 from ufo_ds.seeding import numpy_generator
 
 

@@ -17,7 +17,8 @@ from ufo_ds.errors import UserError
 from ufo_ds.evaluation import classification, retrieval, verification
 from ufo_ds.evaluation.outcomes import Outcomes
 from ufo_ds.model.heads import Outputs
-from ufo_ds.recipe import Benchmark, Recipe, Size
+from ufo_ds.recipe import Recipe
+from ufo_ds.recipe_task import Benchmark, Size
 
 
 @dataclass

@@ -18,7 +18,8 @@ from ufo_ds.model.hub import UfoViTConfig
 from ufo_ds.model.layers import resize_position
 from ufo_ds.model.spec import SubnetSpec
 from ufo_ds.model.supernet import Pretrained
-from ufo_ds.recipe import Backbone, Recipe, Task, stem_stride
+from ufo_ds.recipe import Backbone, Recipe, stem_stride
+from ufo_ds.recipe_task import Task
 
 Read = Callable[[str], Tensor]  # a parameter or buffer of the supernet by its name
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ufo_ds import losses
 from ufo_ds.model.classifiers import Classifier, CosineClassifier, HolderGroup, LinearClassifier
 from ufo_ds.model.packing import Segment, split
-from ufo_ds.recipe import ArcFace, Circle, CosFace, CrossEntropy, Head, Loss
+from ufo_ds.recipe_task import ArcFace, Circle, CosFace, CrossEntropy, Head, Loss
 from ufo_ds.seeding import torch_generator
 
 LOSSES = ("cross_entropy", "cosface", "am_softmax", "arcface", "circle", "triplet")

@@ -23,7 +23,8 @@ from ufo_ds.model.layers import FFN, Attention, Embedding, Norm
 from ufo_ds.model.packing import Part, Segment, concatenate, join, overlap, patchify, split
 from ufo_ds.model.router import Choices, Place, Router
 from ufo_ds.model.spec import UNITS, SubnetSpec, routes_of
-from ufo_ds.recipe import Backbone, Recipe, Size
+from ufo_ds.recipe import Backbone, Recipe
+from ufo_ds.recipe_task import Size
 from ufo_ds.seeding import torch_generator
 
 

@@ -32,7 +32,8 @@ from ufo_ds.model.dense import classifier_state, is_stock, vit_config, vit_state
 from ufo_ds.model.hub import UfoViTConfig, UfoViTForImageClassification, UfoViTModel
 from ufo_ds.model.loading import check_path, load_supernet
 from ufo_ds.model.spec import SubnetSpec
-from ufo_ds.recipe import Recipe, Task
+from ufo_ds.recipe import Recipe
+from ufo_ds.recipe_task import Task
 
 TOLERANCE = 1e-5  # of the largest output, in fp32
 CERTIFICATE = "certificate.json"
