@@ -23,12 +23,12 @@ from ufo_ds import compare, recipe_file
 from ufo_ds.evaluation import statistics
 
 REPOSITORY = Path(__file__).parents[1]
-SHARED = ["--model.experts", "[]", "--model.routes", "{}", "--model.branch_at", "null"]
+SHARED = ["--model.experts", "[]", "--model.routes", "{}", "--model.branch_at", "null", "--optimizer.rules", "[]"]
 TASKS = ("omniglot", "vehicles", "groceries", "faces", "clothing", "digits")
 TWINS = "each task alone"
 ARMS: dict[str, list[str]] = {  # what differs from the recipe
     "all shared": SHARED,
-    "all own FFNs": ["--model.experts", "[ffn]", "--model.routes", "{ffn: own}", "--model.branch_at", "null"],
+    "all own FFNs": [*SHARED, "--model.experts", "[ffn]"],
     "learned routes": [],
 }
 ABLATIONS: dict[str, list[str]] = {
