@@ -82,19 +82,23 @@ def place(runs: Path, arm: str, seed: int, task: str | None = None) -> Path:
 def trainings(
     runs: Path, arms: dict[str, list[str]], seeds: int, quick: bool, more: list[str]
 ) -> Iterator[tuple[Path, list[str]]]:
-    """Run directory and arguments of every training; seed by seed, so that whole comparisons come early."""
-    for seed in range(seeds):
-        for arm, differs in arms.items():
-            steps = []
-            if "isomorphic" in differs:  # one task a step: as many samples of each need as many times the steps
-                recipe = recipe_file.load("open_small")
-                schedule, tasks = recipe.schedule, len(recipe.tasks)
-                steps = ["--schedule.steps", str(schedule.steps * tasks), "--schedule.warmup_steps",
-                         str(schedule.warmup_steps * tasks)]  # fmt: skip
-            yield place(runs, arm, seed), [*differs, *steps, *more, "--seed", str(seed)]
-        if not quick:
-            for task in TASKS:
-                yield place(runs, TWINS, seed, task), [*SHARED, *more, "--task", task, "--seed", str(seed)]
+    """Run directory and arguments of every training: what is compared most first, seed by seed."""
+    for part in (ARMS, ABLATIONS):
+        for seed in range(seeds):
+            if part is ARMS and not quick:
+                for task in TASKS:
+                    yield place(runs, TWINS, seed, task), [*SHARED, *more, "--task", task, "--seed", str(seed)]
+            for arm in [arm for arm in part if arm in arms]:
+                yield place(runs, arm, seed), [*arms[arm], *_steps(arms[arm]), *more, "--seed", str(seed)]
+
+
+def _steps(differs: list[str]) -> list[str]:
+    """One task a step: as many samples of each need as many times the steps."""
+    if "isomorphic" not in differs:
+        return []
+    recipe = recipe_file.load("open_small")
+    steps, warmup = (n * len(recipe.tasks) for n in (recipe.schedule.steps, recipe.schedule.warmup_steps))
+    return ["--schedule.steps", str(steps), "--schedule.warmup_steps", str(warmup)]
 
 
 def train(job: tuple[Path, list[str]]) -> tuple[Path, str]:
