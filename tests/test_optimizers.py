@@ -9,7 +9,15 @@ from tests.small_run import make_model, make_recipe
 from ufo_ds import recipe_file
 from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.errors import UserError
-from ufo_ds.model.parameters import Address, UpdateRule, address_of, check_rules, unused, update_rule
+from ufo_ds.model.parameters import (
+    Address,
+    UpdateRule,
+    address_of,
+    check_rules,
+    unused,
+    update_rule,
+    used_together,
+)
 from ufo_ds.model.supernet import Supernet
 from ufo_ds.parallel.optimizers import OPTIMIZERS, average_decay
 from ufo_ds.parallel.shards import Slice
@@ -215,6 +223,17 @@ def test_what_no_path_goes_through_is_found():
         assert unused(names, model.routes, shared_samples=0.1) == wanted - shared
     empty_slots = {"blocks.0.ffn.own.EMPTY0.fc1.weight", "heads.EMPTY0.classifier.bias"}
     assert unused(empty_slots, model.routes, shared_samples=0.1) == empty_slots
+
+
+def test_what_several_tasks_use_is_found():
+    routes = {
+        "digits": {"embed": ("own",), "ffn": ("shared", "learned")},
+        "glyphs": {"embed": ("shared",), "ffn": ("shared", "shared")},
+    }
+    names = ["embed.shared.cls", "blocks.0.ffn.shared.fc1.bias", "blocks.1.ffn.shared.fc1.bias",
+             "blocks.0.ffn.own.digits.fc1.bias", "heads.digits.classifier.bias", "router.logits.digits"]  # fmt: skip
+    assert used_together(names, routes) == set(names[1:3])
+    assert used_together(names, routes, shared_samples=0.1) == set(names[:3])
 
 
 def rules_of(recipe, names):

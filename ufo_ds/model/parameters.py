@@ -85,11 +85,12 @@ def unused(names: Iterable[str], routes: Routes, shared_samples: float = 0.0) ->
     return {name for name in names if not is_used(address_of(name))}
 
 
-def used_together(names: Iterable[str], routes: Routes) -> set[str]:
-    """Those of the named parameters of shared copies that the paths of several tasks go through, or may go through."""
+def used_together(names: Iterable[str], routes: Routes, shared_samples: float = 0.0) -> set[str]:
+    """Those of the named parameters of shared copies that the paths of several tasks go through, or may go through.
+    Arguments as of :func:`unused`."""
 
     def users(address: Address) -> int:
-        return sum(of_task[address.unit][address.layer] != OWN for of_task in routes.values())
+        return sum(shared_samples > 0 or of_task[address.unit][address.layer] != OWN for of_task in routes.values())
 
     addresses = {name: address_of(name) for name in names}
     return {name for name, address in addresses.items() if address.owner is None and users(address) > 1}
