@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, nargs="+", help="real runs that differ only in the seed")
     options = parser.parse_args()
     start = time.perf_counter()
-    figures, bars = split(options.runs) if options.runs else simulate(200 if options.quick else 4000)
+    figures, bars = split(options.runs) if options.runs else simulate(200 if options.quick else 2000)
     figures["seconds"] = time.perf_counter() - start
     print(json.dumps({"benchmark": "compare_null", "figures": figures, "bars": bars}))
 

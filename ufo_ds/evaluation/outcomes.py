@@ -86,7 +86,9 @@ def store(run: Path, step: int, outcomes: Mapping[str, Outcomes]) -> None:
             arrays = {name: a.astype(np.int32) if a.dtype.kind == "i" else a for name, a in found.arrays.items()}
             checkpoint.write_bytes(_path(run, step, key), save(arrays, {"about": json.dumps(about)}))
     except OSError as error:
-        raise UserError(f"outcomes not kept in {run}: {error.strerror}: no intervals can be given for them") from None
+        raise UserError(
+            f"{run}: outcomes for `ufo compare` not kept ({error.strerror}): make room or get permission to write there"
+        ) from None
 
 
 def load(run: Path, step: int, key: str) -> Outcomes:
