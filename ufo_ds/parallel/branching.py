@@ -17,7 +17,7 @@ def branch(engine: Engine) -> None:
     """Give every own copy of a unit the value and the optimizer state of the shared copy, and every task the routes of
     the recipe. Every rank calls it.
 
-    A position embedding is resized to its task's grid; where that changes its size its optimizer state stays as it is.
+    A position embedding, with what belongs to it, is resized to its task's grid.
     """
     slices = {piece.name: piece for piece in parameter_slices(engine)}
     copies: dict[str, list[str]] = {}
@@ -36,7 +36,7 @@ def branch(engine: Engine) -> None:
             dist.all_reduce(whole)
             for name in copies[shared]:
                 target = slices[name]
-                if EMPTY in name or (kind != "weight" and target.shape != source.shape):
+                if EMPTY in name:
                     continue
                 value = _fitted(whole, engine.model, name).flatten()[target.start : target.start + target.length]
                 target.of(target.flat if kind == "weight" else make_state(engine, target.flat, kind)).copy_(value)
@@ -49,4 +49,5 @@ def _fitted(value: Tensor, model: Supernet, name: str) -> Tensor:
         return value
     task = model.tasks[name.split(".")[2]]
     shared_input = model.recipe.model.input or model.recipe.tasks[0].input
-    return resize_position(value, model.grid_hw(shared_input), model.grid_hw(task.input))
+    resized = resize_position(value, model.grid_hw(shared_input), model.grid_hw(task.input))
+    return resized.clamp(value.min(), value.max())  # bicubic overshoots, and a second moment must not be negative

@@ -27,7 +27,8 @@ def gradient_conflict(engine: "Engine", batches: Sequence[Batch]) -> dict[str, d
     Every rank calls it with all micro-batches of a step. It takes one step's forward and backward passes for each task
     and one more for all; weights, state, statistics and counters are then what they were.
     """
-    names = used_together([name for name, _ in engine.model.named_parameters()], engine.model.routes)
+    everything = [name for name, _ in engine.model.named_parameters()]
+    names = used_together(everything, engine.model.routes, engine.recipe.model.shared_samples)
     if not names:
         return {}
     pieces = [piece for piece in parameter_slices(engine) if piece.name in names]
