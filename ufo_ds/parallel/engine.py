@@ -234,8 +234,8 @@ class Engine:
         is not learned. Every rank calls it."""
         router = self.model.router
         probabilities: dict[str, dict[str, list[float | None]]] = {}
-        for task, parameter in router.logits.items():
-            own_R = safe_get_full_fp32_param(parameter).softmax(-1)[:, 1].tolist()
+        for task in router.places:
+            own_R = safe_get_full_fp32_param(router.logits[task]).softmax(-1)[:, 1].tolist()
             probabilities[task] = {unit: [None] * len(self.model.routes[task][unit]) for unit, _ in router.places[task]}
             for (unit, layer), own in zip(router.places[task], own_R, strict=True):
                 probabilities[task][unit][layer] = own
