@@ -13,6 +13,7 @@ REPOSITORY = Path(__file__).parents[2]
 BOUND = 1e-5  # max |difference| / max |reference|, fp32
 
 
+STEM = {"stem": [4, 4, 8], "pool": "mean"}
 EVERYTHING = ("embed", "norm", "attn", "ffn")
 
 
@@ -47,11 +48,13 @@ def check(ranks: int, cases: list[dict], tmp_path: Path) -> None:
         line = f"{ranks} ranks {json.dumps(result)}"
         print(line)
         assert result["loss"] <= BOUND, line
-        assert result["gradient"] <= BOUND, line
+        exact = result["case"]["optimizer"] in ("sgd", "lars")
+        # From Adam's second step on the weights differ a little (see below), and so do small gradients: the router's.
+        assert result["gradient"] <= (BOUND if exact else 3 * BOUND), line
         assert result["norm"] <= BOUND, line
         assert result["conflict"] <= BOUND, line
         # Adam divides by the gradient's size: where that is rounding noise, so is the step.
-        bound = BOUND if result["case"]["optimizer"] in ("sgd", "lars") else 100 * BOUND
+        bound = BOUND if exact else 100 * BOUND
         assert result["weight"] <= bound, line
         assert result["average"] <= bound, line
         assert result["output"] <= bound, line
@@ -60,12 +63,13 @@ def check(ranks: int, cases: list[dict], tmp_path: Path) -> None:
 def test_two_ranks(tmp_path):
     cases = [
         case(2, 3),
-        case(2, 3, "input", "frozen", tasks=3, accumulation=1),
+        case(2, 3, "input", "frozen", tasks=3, accumulation=1, shared_samples=0.2, backbone=STEM),
         case(2, 3, "layer", optimizer="adamw", clipping=0.0),
         case(2, 3, "layer", "frozen", last=1),
         case(2, 2, "aligned", "frozen", tasks=3, optimizer="adamw"),
-        case(2, 1, "layer", tasks=3),
+        case(2, 1, "layer", tasks=3, probe=0.5, shared_samples=0.2),
         case(1, 3, optimizer="adamw"),
+        case(1, 2, probe=0.25, shared_samples=0.3, backbone=STEM),
         case(2, 3, routes="freezing", optimizer="adamw"),
         case(2, 1, routes="freezing", last=1),
         case(2, 3, experts=["ffn"]),  # heads of two kinds then differ most in what parameters they have

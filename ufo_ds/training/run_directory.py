@@ -123,7 +123,7 @@ def resume_from(path: Path, recipe: Recipe) -> Path | None:
     found = checkpoint.find(path / "checkpoints") if path.is_dir() else []
     if not found:
         return None
-    saved = checkpoint.Reader(found[-1]).index.recipe
+    saved = dump(checkpoint.Reader(found[-1]).recipe)  # with the defaults of keys that came later
     for key, was, now in differences(saved, dump(recipe)):
         if not key.startswith(_FREE):
             raise UserError(
