@@ -26,8 +26,9 @@ class Residual(nn.Module):
 
 def conv_net(unit, groups):
     """A stem and the patch projection as one sequential network of images, with the values of ``unit``."""
-    layers, channels, side = [], 3, unit.patch_size
-    for layer, number in zip(unit.stem, groups, strict=True):
+    layers, channels = [], 3
+    side = unit.stem.patch_size if unit.stem is not None else int((unit.patch.in_features / 3) ** 0.5)
+    for layer, number in zip(unit.stem or [], groups, strict=True):
         before, after = layer.conv.in_channels, layer.conv.out_channels
         conv = nn.Conv2d(before, after, 3, stride=1 if before == after else 2, padding=1, bias=False)
         norm = nn.GroupNorm(number, after)
@@ -278,4 +279,5 @@ def test_a_stem_may_leave_nothing_of_a_patch_or_more():
     for stem in ([], [4], [4, 8], [4, 8, 16]):
         recipe = make_recipe(backbone={**PLAIN, "stem": stem, "pool": "mean"}, tasks=[{**TASKS[1], **MARGIN}])
         assert recipe_file.dump(recipe)["model"]["backbone"]["stem"] == stem
-        assert build(recipe).embed.shared.rest == 8 // 2 ** len(stem)
+        rest = 8 // 2 ** len(stem)
+        assert build(recipe).embed.shared.patch.in_features == [3, *stem][-1] * rest**2

@@ -109,7 +109,7 @@ def compare_heads(group: RankGroup, kind: str, classes: int, total: int, sampled
 
 def compare_necks(group: RankGroup, counts: list[int]) -> Worst:
     """With torch's batch norm over the gathered batch, where that takes it: it refuses one sample."""
-    ours, theirs, worst = BatchNormNeck(DIM), torch.nn.BatchNorm1d(DIM), Worst()
+    ours, theirs, worst = BatchNormNeck(DIM, scale=True), torch.nn.BatchNorm1d(DIM), Worst()
     ours.group = group
     with torch.no_grad():
         ours.weight.copy_(theirs.weight.copy_(1 + 0.3 * random(DIM, key=("weight",))))

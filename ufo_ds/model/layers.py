@@ -26,18 +26,17 @@ class Embedding(nn.Module):
 
     def __init__(self, patch_size: int, dim: int, grid_hw: tuple[int, int], prefix: int = 1, stem: Sequence[int] = ()):
         super().__init__()
-        self.patch_size, self.grid_hw = patch_size, grid_hw
-        channels = [3, *stem]
-        self.stem = nn.ModuleList(StemLayer(a, b) for a, b in pairwise(channels))
-        self.rest = patch_size // stem_stride(stem)  # side of a patch after the stem
-        self.patch = nn.Linear(channels[-1] * self.rest**2, dim)
+        self.grid_hw = grid_hw
+        self.stem = Stem(patch_size, stem) if stem else None
+        channels, side = (stem[-1], patch_size // stem_stride(stem)) if stem else (3, patch_size)
+        self.patch = nn.Linear(channels * side**2, dim)
         self.cls = nn.Parameter(torch.empty(prefix, dim)) if prefix else None
         self.position = nn.Parameter(torch.empty(prefix + grid_hw[0] * grid_hw[1], dim))
 
     def forward(self, x_NP: Tensor, segments: Sequence[Segment]) -> Tensor:
         """``x_NP``: pixels of patches, as :func:`patchify` cuts them."""
-        if self.stem:
-            x_NP = self._stemmed(x_NP, segments)
+        if self.stem is not None:
+            x_NP = self.stem(x_NP, segments)
         patch_ND = self.patch(x_NP)
         if not segments:
             return patch_ND + self.position[:1] + (0 if self.cls is None else self.cls)
@@ -50,24 +49,28 @@ class Embedding(nn.Module):
             pieces.append(x_BLD.flatten(0, 1))
         return concatenate(pieces, patch_ND)
 
-    def _stemmed(self, x_NP: Tensor, segments: Sequence[Segment]) -> Tensor:
-        if not segments:  # no image, through all layers
-            return self._convolved(x_NP.new_zeros(0, 3, self.patch_size, self.patch_size), 0)
-        # Images of one size in one call, whatever their tasks.
-        rows, by_grid = split(x_NP, segments), dict[tuple[int, int], list[int]]()
-        for i, segment in enumerate(segments):
-            by_grid.setdefault(segment.grid_hw, []).append(i)
-        pieces: dict[int, Tensor] = {}
-        for indices in by_grid.values():
-            images = [unpatchify(rows[i], segments[i], self.patch_size) for i in indices]
-            y_NP = self._convolved(concatenate(images, images[0]), segments[0].prefix)
-            pieces |= zip(indices, y_NP.split([segments[i].rows for i in indices]), strict=True)
-        return concatenate([pieces[i] for i in range(len(segments))], x_NP)
 
-    def _convolved(self, x_BCHW: Tensor, prefix: int) -> Tensor:
-        for layer in self.stem:
-            x_BCHW = layer(x_BCHW)
-        return patchify(x_BCHW, self.rest, prefix)
+class Stem(nn.Sequential):
+    """The layers of a stem; pixels of patches to what there is of each patch behind them.
+
+    ``parallel.engine`` makes it a leaf for ZeRO-3: how often its layers are called depends on how many sizes of images
+    there are, and that differs between ranks.
+    """
+
+    def __init__(self, patch_size: int, channels: Sequence[int]):
+        super().__init__(*(StemLayer(a, b) for a, b in pairwise([3, *channels])))
+        self.patch_size = patch_size
+        self.rest = patch_size // stem_stride(channels)
+
+    def forward(self, x_NP: Tensor, segments: Sequence[Segment]) -> Tensor:  # type: ignore[override]
+        runs = same_grid(segments)
+        if not runs:  # no image, through all layers
+            return patchify(super().forward(x_NP.new_zeros(0, 3, self.patch_size, self.patch_size)), self.rest, 0)
+        pieces = []
+        for x, run in zip(split(x_NP, runs), runs, strict=True):
+            y_BCHW = super().forward(unpatchify(x, run, self.patch_size))
+            pieces.append(patchify(y_BCHW, self.rest, run.prefix))
+        return concatenate(pieces, x_NP)
 
 
 class StemLayer(nn.Module):
