@@ -249,7 +249,9 @@ def compare(case: dict) -> dict:
             for task, of_task in reference_conflict(reference, batches, weights).items():
                 assert measured[task].keys() == of_task.keys()
                 for key, wanted in of_task.items():
-                    note("conflict", torch.tensor(measured[task][key]), torch.tensor(wanted), f"{task} {key}")
+                    of_one = [1.0] if key == "gradient_cosine" else []  # which is compared with the largest there is
+                    pair = torch.tensor([measured[task][key], *of_one]), torch.tensor([wanted, *of_one])
+                    note("conflict", *pair, f"{task} {key}")
         optimizer.zero_grad()
         for micro_step in range(case["accumulation"]):
             batch = global_batch(recipe, step, micro_step, engine.samples, classes, case["isomorphic"])

@@ -24,10 +24,19 @@ class Embedding(nn.Module):
     gets it resized bicubically, as ``transformers.ViTModel(interpolate_pos_encoding=True)`` does.
     """
 
-    def __init__(self, patch_size: int, dim: int, grid_hw: tuple[int, int], prefix: int = 1, stem: Sequence[int] = ()):
+    def __init__(
+        self,
+        patch_size: int,
+        dim: int,
+        grid_hw: tuple[int, int],
+        prefix: int = 1,
+        stem: Sequence[int] = (),
+        grids: Sequence[tuple[int, int]] = (),
+    ):
+        """``grid_hw`` is that of the position embedding, ``grids`` are those of all tasks (see :class:`Stem`)."""
         super().__init__()
         self.grid_hw = grid_hw
-        self.stem = Stem(patch_size, stem) if stem else None
+        self.stem = Stem(patch_size, stem, grids) if stem else None
         channels, side = (stem[-1], patch_size // stem_stride(stem)) if stem else (3, patch_size)
         self.patch = nn.Linear(channels * side**2, dim)
         self.cls = nn.Parameter(torch.empty(prefix, dim)) if prefix else None
@@ -53,24 +62,29 @@ class Embedding(nn.Module):
 class Stem(nn.Sequential):
     """The layers of a stem; pixels of patches to what there is of each patch behind them.
 
-    ``parallel.engine`` makes it a leaf for ZeRO-3: how often its layers are called depends on how many sizes of images
-    there are, and that differs between ranks.
+    Images of one size are one call of the layers, whatever their tasks. ``grids`` are those of all tasks of the model:
+    the layers are called for each, without images if need be, as ranks must not differ in how often they call them.
     """
 
-    def __init__(self, patch_size: int, channels: Sequence[int]):
+    def __init__(self, patch_size: int, channels: Sequence[int], grids: Sequence[tuple[int, int]]):
         super().__init__(*(StemLayer(a, b) for a, b in pairwise([3, *channels])))
-        self.patch_size = patch_size
+        self.patch_size, self.grids = patch_size, grids
         self.rest = patch_size // stem_stride(channels)
 
     def forward(self, x_NP: Tensor, segments: Sequence[Segment]) -> Tensor:  # type: ignore[override]
-        runs = same_grid(segments)
-        if not runs:  # no image, through all layers
-            return patchify(super().forward(x_NP.new_zeros(0, 3, self.patch_size, self.patch_size)), self.rest, 0)
-        pieces = []
-        for x, run in zip(split(x_NP, runs), runs, strict=True):
-            y_BCHW = super().forward(unpatchify(x, run, self.patch_size))
-            pieces.append(patchify(y_BCHW, self.rest, run.prefix))
-        return concatenate(pieces, x_NP)
+        rows, prefix = split(x_NP, segments), segments[0].prefix if segments else 0
+        pieces: list[Tensor] = [x_NP] * len(segments)
+        idle: list[Tensor] = []
+        for h, w in dict.fromkeys([*self.grids, *(segment.grid_hw for segment in segments)]) or [(1, 1)]:
+            indices = [i for i, segment in enumerate(segments) if segment.grid_hw == (h, w)]
+            nothing = x_NP.new_zeros(0, 3, h * self.patch_size, w * self.patch_size)
+            images = concatenate([unpatchify(rows[i], segments[i], self.patch_size) for i in indices], nothing)
+            y_NP = patchify(super().forward(images), self.rest, prefix)
+            for i, piece in zip(indices, y_NP.split([segments[i].rows for i in indices] or [0]), strict=False):
+                pieces[i] = piece
+            if not indices:
+                idle.append(y_NP)
+        return concatenate(pieces + idle, x_NP)
 
 
 class StemLayer(nn.Module):

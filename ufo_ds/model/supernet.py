@@ -101,7 +101,7 @@ class Supernet(nn.Module):
         shared_input = model.input or recipe.tasks[0].input
         self.embed = build("embed", 0, lambda name: Embedding(
             backbone.patch_size, backbone.dim, self.grid_hw(shared_input if name is None else self.tasks[name].input),
-            backbone.prefix, backbone.stem,
+            backbone.prefix, backbone.stem, [self.grid_hw(task.input) for task in recipe.tasks],
         ))  # fmt: skip
         self.blocks = nn.ModuleList(Block(build, i, backbone) for i in range(backbone.depth))
         self.norm = build("norm", backbone.depth, lambda _: Norm(backbone.dim, eps=backbone.layer_norm_eps))

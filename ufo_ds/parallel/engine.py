@@ -13,7 +13,6 @@ from torch import Tensor
 from ufo_ds.data.mixing import Batch
 from ufo_ds.evaluation.benchmarks import Predictions, TaskImages, join, predict
 from ufo_ds.model.heads import LOSSES, TaskHead
-from ufo_ds.model.layers import Stem
 from ufo_ds.model.parameters import check_rules, unused, update_rule
 from ufo_ds.model.supernet import Pretrained, Supernet, init_weights
 from ufo_ds.parallel.averages import BufferAverages, averaged
@@ -83,7 +82,7 @@ class Engine:
             zero["reduce_bucket_size"] = int(size)
         # Ranks hold heads of different kinds at the same place. As a leaf a head is gathered whole, and ZeRO-3 sees
         # its number of parameters, the same for all kinds, but not how they are spread inside.
-        set_z3_leaf_modules(self.model, [TaskHead, Stem])
+        set_z3_leaf_modules(self.model, [TaskHead])
         engine, *_ = deepspeed.initialize(model=self.model, optimizer=self.optimizer, config=config)
         return engine
 
