@@ -127,7 +127,7 @@ class Balance:
     """Tasks that learn slowly are sampled more often; see ``ufo_ds.training.balance``. A step then holds none, one or
     several times a task's samples_per_step; the logged loss of a task that it does not hold is 0."""
 
-    every: Positive  # steps of a phase: rates are 1 in the first one, and found anew for each of the others
+    every: Positive  # steps of a phase: rates are 1 in the first two, and found anew for each later one
     strength: Annotated[float, Field(ge=0)] = 1.0  # rates go with (mean loss of a phase / of the first) ** strength
     largest: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 2.0  # rates lie between 1 / largest and largest
 

@@ -1,13 +1,13 @@
 """Sampling by slowness in a real run: its rates follow from its losses, and a killed run goes on with the same ones."""
 
-import os
-import signal
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests import tiny
-from tests.distributed.test_training import command, finish, recorded, start, train, wait_for, weights
+from tests.distributed.test_training import recorded, train, weights
 from ufo_ds import checkpoint
 
 # Rates of a phase: 3 to 9 task steps in 6 steps. Checkpoints come within phases, and at the end of the second one.
@@ -58,26 +58,30 @@ def test_rates_follow_from_the_logged_losses(run):
         for task in TASKS:
             assert counts[phase + 1][task] == 6 * line["rates"][task]
             assert abs(line["rates"][task] - rates[task]) <= 0.5 / 6 + 1e-6
-    assert lines[-1]["rates"]["colours"] != 1
+    assert lines[0]["slowness"] == lines[0]["rates"] == dict.fromkeys(TASKS, 1)  # only the first phase was seen
+    assert all(line["rates"]["colours"] < 1 < line["rates"]["stripes"] for line in lines[1:])
     said = [line for line in (run.parent / "output.txt").read_text().splitlines() if line.startswith("sampling: ")]
-    rate, part = lines[0]["rates"]["colours"], lines[0]["slowness"]["colours"]
-    assert said[0].startswith(f"sampling: colours x{rate:.2f} (loss at {part:.0%} of its start), stripes x")
+    rate, part = lines[1]["rates"]["colours"], lines[1]["slowness"]["colours"]
+    assert said[1].startswith(f"sampling: colours x{rate:.2f} (loss at {part:.0%} of its start), stripes x")
     assert len(said) == 3
 
 
-@pytest.mark.parametrize("killed_after", [11, 13])
-def test_kill_and_go_on(killed_after, recipe, run, tmp_path):
-    """Within the second phase, from a checkpoint within it, and within the third, from the one before its rates."""
-    other, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
-    process = start(command(2, recipe, other, *BALANCE))
-    wait_for(lambda: metrics.exists() and f'"step": {killed_after}, "kind": "train"' in metrics.read_text(), process)
-    os.killpg(process.pid, signal.SIGKILL)
-    finish(process)
-    train(2, recipe, other, *BALANCE)
+@pytest.mark.parametrize("last", [12, 16])
+def test_go_on_within_and_between_phases(last, recipe, run, tmp_path):
+    """What a kill leaves behind: a checkpoint at the end of the second phase or within the third, and lines of a step
+    after it, for the former with the third phase's rates. Then all is as in a run without the kill, to the bit."""
+    other = tmp_path / "run"
+    (other / "checkpoints").mkdir(parents=True)
+    shutil.copytree(*(path / "checkpoints" / checkpoint.name_of(last) for path in (run, other)))
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (other / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] < last + 2))
+    assert f"going on from step {last}" in train(2, recipe, other, *BALANCE)
     assert recorded(other) == recorded(run)
     assert weights(other, 20) == weights(run, 20)
     memories = [
         checkpoint.Reader(path / "checkpoints" / checkpoint.name_of(step)).index.balance
-        for step in (12, 14, 20) for path in (other, run)
-    ]  # fmt: skip
-    assert memories[::2] == memories[1::2]
+        for step in (18, 20)
+        for path in (other, run)
+    ]
+    assert memories[0] == memories[1]
+    assert memories[2] == memories[3]

@@ -2,7 +2,8 @@
 
 How slowly is measured as in GradNorm, by a task's loss relative to what it was at first (the inverse training rate:
 Chen et al., 2018). Training goes in phases of equally many steps; the rates of one follow from the losses of the one
-before. A task of rate r is trained in r steps of its own per step, each as the recipe has it.
+before, so those of the first two are 1. A task of rate r is trained in r steps of its own per step, each as the recipe
+has it.
 """
 
 import math
