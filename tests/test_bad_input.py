@@ -106,6 +106,20 @@ def test_isomorphic_batches_need_the_aligned_exchange(recipe, tmp_path, capsys):
     assert 'data.batches is "isomorphic": use "aligned"' in error
 
 
+def test_balance_needs_the_aligned_exchange(recipe, tmp_path, capsys):
+    (tmp_path / "ds.json").write_text('{"expert_parallel": {"exchange": "layer"}}')
+    options = ["--data.balance", "{every: 5}"]
+    error = message(capsys, recipe, tmp_path / "run", *options, config=tmp_path / "ds.json")
+    assert 'exchange "layer"' in error
+    assert 'data.balance is given: use "aligned"' in error
+
+
+def test_balance_needs_heterogeneous_batches(recipe, tmp_path, capsys):
+    options = ["--data.balance", "{every: 5}", "--data.batches", "isomorphic"]
+    error = message(capsys, recipe, tmp_path / "run", *options)
+    assert 'balance is for heterogeneous batches, but batches is "isomorphic"' in error
+
+
 def assert_refused(recipe, tmp_path, words, *more, **options):
     run_dir = tmp_path / "run"
     status, lines = outcome(recipe, run_dir, *more, **options)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import multiprocessing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from ufo_ds.data.layouts import Layout, Sample
-from ufo_ds.data.mixing import Batch, HeterogeneousBatches, IsomorphicBatches, loader
+from ufo_ds.data.mixing import Batch, Batches, Positions, in_turn, loader
 from ufo_ds.data.shards import write
 from ufo_ds.data.source import TrainSource
 from ufo_ds.data.transforms import evaluation_transform
@@ -74,8 +75,17 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainSource]:
     }
 
 
-def whole(sources: dict[str, TrainSource]) -> HeterogeneousBatches:
-    return HeterogeneousBatches(sources, {"glyphs": range(4), "person": range(6)}, ACCUMULATION)
+def whole(sources: dict[str, TrainSource]) -> Batches:
+    return Batches(sources, reading(glyphs=range(4), person=range(6)), ACCUMULATION)
+
+
+def reading(**share: range) -> Positions:
+    """What a rank reads of each task that a step holds."""
+    return partial(_reading, share)
+
+
+def _reading(share: dict[str, range], counts: dict[str, int]) -> dict[str, range]:
+    return {name: positions if counts[name] else range(0) for name, positions in share.items()}
 
 
 def content(batch: Batch) -> dict[str, tuple[bytes, list[int], range, int]]:
@@ -110,7 +120,7 @@ def test_any_split_over_ranks_is_the_whole_batch(sources: dict[str, TrainSource]
     ranks = []
     for start, stop in itertools.pairwise((0, *cuts, 4)):
         share = {"glyphs": range(start, stop), "person": range(start + start // 2, stop + stop // 2)}
-        ranks.append(HeterogeneousBatches(sources, share, ACCUMULATION))
+        ranks.append(Batches(sources, reading(**share), ACCUMULATION))
     for i in range(5):
         expected, parts = whole(sources)[i], [rank[i] for rank in ranks]
         for name, task in expected.tasks.items():
@@ -122,7 +132,7 @@ def test_any_split_over_ranks_is_the_whole_batch(sources: dict[str, TrainSource]
 
 
 def test_a_task_that_a_rank_does_not_read_is_there_and_empty(sources: dict[str, TrainSource]) -> None:
-    batch = HeterogeneousBatches(sources, {"glyphs": range(0), "person": range(6)}, ACCUMULATION)[0]
+    batch = Batches(sources, reading(glyphs=range(0), person=range(6)), ACCUMULATION)[0]
     part = batch.tasks["glyphs"]
     assert (part.images.shape, part.labels.shape, len(part.positions)) == ((0, 3, 8, 8), (0,), 0)
     assert part.images.dtype == torch.uint8
@@ -149,7 +159,7 @@ def test_sources_reach_spawned_processes(sources: dict[str, TrainSource]) -> Non
 
 
 def test_accumulation_does_not_change_the_step(sources: dict[str, TrainSource]) -> None:
-    once = HeterogeneousBatches(sources, {"glyphs": range(8), "person": range(12)}, 1)
+    once = Batches(sources, reading(glyphs=range(8), person=range(12)), 1)
     for step in range(4):
         parts = [whole(sources)[ACCUMULATION * step + micro_step] for micro_step in range(ACCUMULATION)]
         for name, task in once[step].tasks.items():
@@ -164,7 +174,7 @@ def test_isomorphic_steps_are_those_of_one_task_in_turn(sources: dict[str, Train
         {"glyphs": range(cut), "person": range(cut, 6)},
         {"person": range(cut), "glyphs": range(cut, 4)},  # in another order
     ]
-    ranks = [IsomorphicBatches(sources, share, ACCUMULATION) for share in shares]
+    ranks = [Batches(sources, reading(**share), ACCUMULATION, partial(in_turn, list(sources))) for share in shares]
     assert list(sources) == ["glyphs", "person"]
     for i, (own_i, trained, absent) in enumerate([
         (0, "glyphs", "person"), (1, "glyphs", "person"), (0, "person", "glyphs"), (1, "person", "glyphs"),
@@ -184,7 +194,7 @@ def test_isomorphic_steps_are_those_of_one_task_in_turn(sources: dict[str, Train
 
 
 def test_isomorphic_batches_from_any_worker_and_start(sources: dict[str, TrainSource]) -> None:
-    dataset = IsomorphicBatches(sources, {"glyphs": range(4), "person": range(6)}, ACCUMULATION)
+    dataset = Batches(sources, whole(sources).positions, ACCUMULATION, partial(in_turn, list(sources)))
     expected = [content(dataset[i]) for i in range(9)]
     for workers, start in ((0, 3), (2, 0), (1, 5)):
         assert [content(batch) for batch in loader(dataset, start, 9, workers, pin=False)] == expected[start:]
@@ -241,7 +251,7 @@ def test_unreadable_images_are_replaced_and_reported(tmp_path: Path) -> None:
         np.testing.assert_array_equal(pixels, evaluation_transform(files[used].read_bytes(), (8, 8)))
         assert source.classes[label] == files[used].name[0]
         assert reported == skipped
-    batches = list(loader(HeterogeneousBatches({"things": source}, {"things": range(7)}, 1), 0, 3, 2, pin=False))
+    batches = list(loader(Batches({"things": source}, reading(things=range(7)), 1), 0, 3, 2, pin=False))
     assert [sorted(batch.skipped["things"]) for batch in batches] == [[1, 3, 3, 4, 4]] * 3
     for file in files:
         break_image(shards, file)
@@ -276,7 +286,7 @@ def test_pixels_are_those_of_the_file(tmp_path: Path) -> None:
     shards = make_shards(tmp_path, {"a": 3})
     task = linear_task("things", shards, samples_per_step=3)
     source = TrainSource.open(dataclasses.replace(task, augment=Augment(), input=(11, 9)), seed=0)
-    part = HeterogeneousBatches({"things": source}, {"things": range(3)}, 1)[0].tasks["things"]
+    part = Batches({"things": source}, reading(things=range(3)), 1)[0].tasks["things"]
     for n in range(3):
         file = tmp_path / "images" / f"a_{source.index(n)}.png"
         pixels = np.asarray(Image.open(file))

@@ -9,7 +9,7 @@ import pytest
 
 from tests.test_mixing import break_image, make_shards, margin_task
 from ufo_ds import recipe_file
-from ufo_ds.data.mixing import HeterogeneousBatches, loader
+from ufo_ds.data.mixing import Batches, loader
 from ufo_ds.data.source import TrainSource
 from ufo_ds.data.transforms import evaluation_transform
 from ufo_ds.errors import UserError
@@ -120,7 +120,9 @@ def test_cached_images_are_those_of_the_files(
         pixels, label, _ = cached.load(draw)
         assert pixels.tobytes() == expected[draw][0].tobytes()
         assert label == expected[draw][1]
-    fresh = HeterogeneousBatches({"signs": TrainSource.open(task, seed=2, cache=True)}, {"signs": range(12)}, 1)
+    fresh = Batches(
+        {"signs": TrainSource.open(task, seed=2, cache=True)}, lambda counts: {"signs": range(counts["signs"])}, 1
+    )
     for i, batch in enumerate(loader(fresh, 0, 5, workers=2, pin=False)):
         for position in range(12):
             assert batch.tasks["signs"].images[position].numpy().tobytes() == expected[12 * i + position][0].tobytes()

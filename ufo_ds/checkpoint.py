@@ -47,6 +47,7 @@ class Index:
     classes: dict[str, list[str]]  # per task, the names behind the head's rows
     routes: dict[str, dict[str, list[str]]]
     router: dict[str, Any] = field(default_factory=dict)  # what it remembers of its past
+    balance: dict[str, Any] = field(default_factory=dict)  # what rates of sampling so far and to come follow from
     licences: dict[str, list[str]] = field(default_factory=dict)  # per task, of the images it was trained on
     metrics: dict[str, float] = field(default_factory=dict)
     files: list[dict[str, Any]] = field(default_factory=list)  # name, bytes, sha256

@@ -123,6 +123,16 @@ class Model:
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
+class Balance:
+    """Tasks that learn slowly are sampled more often; see ``ufo_ds.training.balance``. A step then holds none, one or
+    several times a task's samples_per_step; the logged loss of a task that it does not hold is 0."""
+
+    every: Positive  # steps of a phase: rates are 1 in the first two, and found anew for each later one
+    strength: Annotated[float, Field(ge=0)] = 1.0  # rates go with (mean loss of a phase / of the first) ** strength
+    largest: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 2.0  # rates lie between 1 / largest and largest
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
 class Data:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of pixel values in 0..1, per channel
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -132,6 +142,14 @@ class Data:
     cache: bool = False
     # "isomorphic": each step trains one task alone, the tasks in turn; the losses of the others are 0 in that step.
     batches: Literal["heterogeneous", "isomorphic"] = "heterogeneous"
+    # Loader processes start anew with every phase of it, and `cache` with them.
+    balance: Balance | None = None
+
+    @model_validator(mode="after")
+    def _balance_needs_all_tasks(self) -> "Data":
+        if self.balance is not None and self.batches == "isomorphic":
+            raise ValueError('balance is for heterogeneous batches, but batches is "isomorphic": remove one of them')
+        return self
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)

@@ -101,14 +101,21 @@ def start_value(name: str, shape: torch.Size) -> torch.Tensor:
     return value + 1.0 if "norm" in name or "neck" in name else value
 
 
+def task_steps(batches: str, step: int, number: int, tasks: int) -> int:
+    """How many of its own steps the task of this number is trained in."""
+    if batches == "isomorphic":
+        return int(number == step % tasks)
+    return (number + step) % 3 if batches == "balanced" else 1
+
+
 def global_batch(
     recipe: recipes.Recipe, step: int, micro_step: int, samples: dict[str, int], classes: dict[str, int],
-    isomorphic: bool,
+    batches: str = "heterogeneous",
 ) -> Batch:  # fmt: skip
     tasks = {}
     for number, task in enumerate(recipe.tasks):
         generator = torch_generator("batch", step, micro_step, task.name)
-        n = 0 if isomorphic and number != step % len(recipe.tasks) else samples[task.name]
+        n = samples[task.name] * task_steps(batches, step, number, len(recipe.tasks))
         images = torch.randint(0, 256, (n, 3, *task.input), generator=generator).to(torch.uint8)
         labels = torch.randint(0, classes[task.name], (n,), generator=generator)
         tasks[task.name] = TaskBatch(images, labels, range(n), n)
@@ -116,12 +123,12 @@ def global_batch(
 
 
 def part_of(batch: Batch, positions: dict[str, range]) -> Batch:
+    """The samples at these positions."""
     tasks = {}
     for name, chosen in positions.items():
         whole = batch.tasks[name]
         rows = slice(chosen.start, chosen.stop)
-        held = range(chosen.start, chosen.start + len(whole.labels[rows]))  # none of a task that is left out
-        tasks[name] = TaskBatch(whole.images[rows], whole.labels[rows], held, whole.global_count)
+        tasks[name] = TaskBatch(whole.images[rows], whole.labels[rows], chosen, whole.global_count)
     return Batch(batch.step, batch.micro_step, tasks, {})
 
 
@@ -242,9 +249,7 @@ def compare(case: dict) -> dict:
             reference.set_routes(reference.decided_routes(likelier))
             assert engine.freeze_routes() == reference.routes
         if step == 1 and case["routes"] == "frozen":
-            batches = [
-                global_batch(recipe, step, i, engine.samples, classes, False) for i in range(case["accumulation"])
-            ]
+            batches = [global_batch(recipe, step, i, engine.samples, classes) for i in range(case["accumulation"])]
             measured = gradient_conflict(engine, [part_of(batch, engine.positions()) for batch in batches])
             for task, of_task in reference_conflict(reference, batches, weights).items():
                 assert measured[task].keys() == of_task.keys()
@@ -254,17 +259,18 @@ def compare(case: dict) -> dict:
                     note("conflict", *pair, f"{task} {key}")
         optimizer.zero_grad()
         for micro_step in range(case["accumulation"]):
-            batch = global_batch(recipe, step, micro_step, engine.samples, classes, case["isomorphic"])
+            batch = global_batch(recipe, step, micro_step, engine.samples, classes, case["batches"])
             losses = reference(batch)
             ((losses.sum(1) * weights).sum() / case["accumulation"]).backward()
-            parts = engine.backward(part_of(batch, engine.positions()))
+            counts = {name: part.global_count for name, part in batch.tasks.items()}
+            parts = engine.backward(part_of(batch, engine.reads(counts)))
             dist.all_reduce(parts)
             note("loss", parts, losses.detach(), f"step {step}.{micro_step}")
             if micro_step == case["accumulation"] - 1:
                 for name, parameter in engine.model.named_parameters():
                     found = safe_get_full_grad(parameter)  # collective: every rank calls it for every slot
                     # Alone in a step, a margin task leaves the bias before its neck the gradient zero, see make_recipe.
-                    noise = case["isomorphic"] and name == "norm.shared.bias"
+                    noise = case["batches"] != "heterogeneous" and name == "norm.shared.bias"
                     if EMPTY not in name and not noise:
                         wanted = expected[name].grad
                         wanted = torch.zeros_like(expected[name]) if wanted is None else wanted
@@ -286,7 +292,7 @@ def compare(case: dict) -> dict:
             averages[name] = decay * averages[name] + (1 - decay) * value
         with averaged(engine):
             note_weights("average", averages)
-            batch = global_batch(recipe, STEPS + step, 0, engine.samples, classes, isomorphic=False)
+            batch = global_batch(recipe, STEPS + step, 0, engine.samples, classes)
             owned = engine.placement.owned(engine.rank, engine.samples)
             engine.deepspeed.eval()
             outputs = engine.deepspeed(part_of(batch, owned))

@@ -19,7 +19,8 @@ EVERYTHING = ("embed", "norm", "attn", "ffn")
 
 def case(
     ep, stage, exchange="aligned", routes="learned", tasks=4, optimizer="sgd", clipping=0.5, accumulation=2, last=2,
-    experts=EVERYTHING, probe=1.0, shared_samples=0.0, sharded=(), sampled=(), backbone=None, isomorphic=False,
+    experts=EVERYTHING, probe=1.0, shared_samples=0.0, sharded=(), sampled=(), backbone=None,
+    batches="heterogeneous",
 ):  # fmt: skip
     return {
         "ep": ep, "stage": stage, "exchange": exchange, "routes": routes, "tasks": tasks, "optimizer": optimizer,
@@ -27,7 +28,7 @@ def case(
         "probe": probe, "shared_samples": shared_samples,
         "sharded": list(sharded), "sampled": list(sampled),
         "backbone": backbone or {},
-        "isomorphic": isomorphic,
+        "batches": batches,
     }  # fmt: skip
 
 
@@ -89,7 +90,8 @@ def test_four_ranks(tmp_path):
         case(2, 3, last=1, optimizer="lamb"),
         case(4, 3, "layer", "frozen", tasks=3),
         case(2, 2, "input", "frozen", tasks=3, optimizer="lars"),
-        case(2, 3, tasks=3, isomorphic=True),
+        case(2, 3, tasks=3, batches="isomorphic"),
+        case(2, 3, batches="balanced"),  # in every step a task with twice its samples and another with none
     ]
     check(4, cases, tmp_path)
 

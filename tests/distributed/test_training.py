@@ -19,9 +19,10 @@ from ufo_ds import checkpoint
 from ufo_ds.evaluate import evaluate
 
 REPOSITORY = Path(__file__).parents[2]
+PORT = str(20000 + os.getpid() % 10000)  # of its own, whatever else is trained here
 LAUNCHER = {
     1: [sys.executable],
-    2: [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"],
+    2: [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", PORT],
     4: [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"],
 }
 
@@ -40,9 +41,8 @@ def command(ranks: int, recipe: Path, run: Path, *more: str) -> list[str]:
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
     # A session of its own: whatever a test starts, it can end as a whole.
-    port = {"MASTER_PORT": str(20000 + os.getpid() % 10000)}
     return subprocess.Popen(
-        arguments, cwd=REPOSITORY, env=os.environ | port, start_new_session=True, text=True,
+        arguments, cwd=REPOSITORY, env=os.environ | {"MASTER_PORT": PORT}, start_new_session=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 

@@ -1,11 +1,13 @@
 """Which samples of which tasks make up a micro-batch, and the part of it that a rank reads.
 
-Heterogeneous batches hold a fixed number of samples of each task; isomorphic ones are of one task, the tasks in turn.
-Which samples make up a global micro-batch is a function of its index alone; a rank reads a range of positions of it.
-So any split over ranks, any number of workers and any resumption give the same training.
+A task is trained in steps of its own, of ``samples_per_step`` samples each. Which of them a step of the run holds is a
+function of the step: heterogeneous batches one of each task, isomorphic ones one of a single task, the tasks in turn;
+``ufo_ds.training.balance`` has batches of none, one or several of each task. Which samples make up a global micro-batch
+is a function of its index alone; a rank reads a range of positions of it. So any split over ranks, any number of
+workers and any resumption give the same training.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ufo_ds.data.source import TrainSource
+
+TaskSteps = Callable[[int, str], range]  # step of the run, task -> the task's own steps that it holds
+# Samples of every task in a global micro-batch -> the positions in it that a rank reads, of all tasks that it may read.
+Positions = Callable[[dict[str, int]], dict[str, range]]
 
 
 @dataclass
@@ -59,61 +65,68 @@ class Batch:
         return Batch(self.step, self.micro_step, tasks, self.skipped)
 
 
-class HeterogeneousBatches(Dataset[Batch]):
+def one_of_each(step: int, task: str) -> range:
+    """Heterogeneous batches: every step is the step of this number of every task."""
+    return range(step, step + 1)
+
+
+def in_turn(tasks: Sequence[str], step: int, task: str) -> range:
+    """Isomorphic batches: every step is one of a single task, the tasks in turn."""
+    own, turn = divmod(step, len(tasks))
+    return range(own, own + 1) if tasks[turn] == task else range(0)
+
+
+class Batches(Dataset[Batch]):
     """This rank's part of every micro-batch, by index ``step * accumulation + micro_step``.
+
+    A task that a step does not hold, or of which this rank reads nothing in it, is there without samples.
 
     Args:
         sources: training data by task.
-        samples: by task, the positions of its global micro-batch that this rank reads; a range may be empty.
-        accumulation: micro-batches per step; it divides every task's samples and identities per step.
+        positions: that this rank reads, by the samples in a micro-batch; its ranges may be empty.
+        accumulation: micro-batches per step; it divides every task's samples and identities per step, and each of a
+            task's own steps is spread over all of them.
+        task_steps: what the steps hold.
     """
 
-    def __init__(self, sources: dict[str, TrainSource], samples: dict[str, range], accumulation: int):
-        self.sources, self.samples, self.accumulation = sources, samples, accumulation
+    def __init__(
+        self,
+        sources: dict[str, TrainSource],
+        positions: Positions,
+        accumulation: int,
+        task_steps: TaskSteps = one_of_each,
+    ):
+        self.sources, self.positions, self.accumulation, self.task_steps = sources, positions, accumulation, task_steps
 
     def __getitem__(self, i: int) -> Batch:
-        return self._batch(i, dict.fromkeys(self.samples, i))
-
-    def _batch(self, i: int, number: dict[str, int]) -> Batch:
-        """Micro-batch ``i``, with the micro-batch ``number[task]`` of each task that is trained in it."""
         step, micro_step = divmod(i, self.accumulation)
+        own_steps = {name: self.task_steps(step, name) for name in self.sources}
+        sizes = {name: source.task.samples_per_step // self.accumulation for name, source in self.sources.items()}
+        counts = {name: len(own_steps[name]) * sizes[name] for name in self.sources}
         tasks: dict[str, TaskBatch] = {}
         skipped: dict[str, list[int]] = {}
-        for name, positions in self.samples.items():
-            source = self.sources[name]
-            global_count = source.task.samples_per_step // self.accumulation
-            if name in number:
-                first = number[name] * global_count
-                tasks[name], skipped[name] = _task_batch(source, positions, first, global_count)
-            else:
-                tasks[name], skipped[name] = _task_batch(source, range(0), first=0, global_count=0)
+        for name, positions in self.positions(counts).items():
+            draws = []
+            for position in positions:
+                nth, place = divmod(position, sizes[name])
+                draws.append((own_steps[name][nth] * self.accumulation + micro_step) * sizes[name] + place)
+            images, labels, skipped[name] = _load(self.sources[name], draws)
+            tasks[name] = TaskBatch(images, labels, positions, counts[name])
         return Batch(step, micro_step, tasks, skipped)
 
 
-class IsomorphicBatches(HeterogeneousBatches):
-    """The same, but step s trains the task number s modulo their number alone, in the order of ``sources``.
-
-    The other tasks are there without samples. A task goes through the same samples, in as many steps of its own.
-    """
-
-    def __getitem__(self, i: int) -> Batch:
-        step, micro_step = divmod(i, self.accumulation)
-        own_step, trained = divmod(step, len(self.sources))
-        return self._batch(i, {list(self.sources)[trained]: own_step * self.accumulation + micro_step})
-
-
-def _task_batch(source: TrainSource, positions: range, first: int, global_count: int) -> tuple[TaskBatch, list[int]]:
-    """The draws ``first + position``, and the indices of the images among them that could not be read."""
-    images = np.empty((len(positions), 3, *source.task.input), dtype=np.uint8)
-    labels = np.empty(len(positions), dtype=np.int64)
+def _load(source: TrainSource, draws: Sequence[int]) -> tuple[Tensor, Tensor, list[int]]:
+    """Images, labels, and the indices of the images among them that could not be read."""
+    images = np.empty((len(draws), 3, *source.task.input), dtype=np.uint8)
+    labels = np.empty(len(draws), dtype=np.int64)
     all_skipped = []
-    for n, position in enumerate(positions):
-        images[n], labels[n], skipped = source.load(first + position)
+    for n, draw in enumerate(draws):
+        images[n], labels[n], skipped = source.load(draw)
         all_skipped += skipped
-    return TaskBatch(torch.from_numpy(images), torch.from_numpy(labels), positions, global_count), all_skipped
+    return torch.from_numpy(images), torch.from_numpy(labels), all_skipped
 
 
-def loader(dataset: HeterogeneousBatches, start: int, stop: int, workers: int, pin: bool) -> Iterator[Batch]:
+def loader(dataset: Batches, start: int, stop: int, workers: int, pin: bool) -> Iterator[Batch]:
     """Batches ``start`` to ``stop - 1``, in order, read ahead by ``workers`` processes (0: when asked, in this one).
 
     Each worker process has one torch thread, as torch sets it.

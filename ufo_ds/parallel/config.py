@@ -112,11 +112,16 @@ def resolve(values: dict[str, Any], source: str, recipe: Recipe, world_size: int
     exchange = take(experts, "exchange", "aligned")
     if exchange not in EXCHANGES:
         raise UserError(f"{source}: expert_parallel.exchange {exchange!r}: use one of {', '.join(EXCHANGES)}")
-    if recipe.data.batches == "isomorphic" and exchange != "aligned":
-        raise UserError(
-            f'{source}: expert_parallel.exchange "{exchange}" moves as many samples in every step, but data.batches is '
-            f'"isomorphic": use "aligned"'
-        )
+    varying = {
+        'data.batches is "isomorphic"': recipe.data.batches == "isomorphic",
+        "data.balance is given": recipe.data.balance is not None,
+    }
+    for setting, is_on in varying.items():
+        if is_on and exchange != "aligned":
+            raise UserError(
+                f'{source}: expert_parallel.exchange "{exchange}" moves as many samples in every step, but {setting}: '
+                f'use "aligned"'
+            )
 
     zero = dict(values.get("zero_optimization", {}))
     stage = take(zero, "stage", 3)

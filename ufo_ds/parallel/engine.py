@@ -1,6 +1,7 @@
 """The supernet on several ranks: built, spread by DeepSpeed (expert parallelism + ZeRO), and stepped."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -10,7 +11,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups, safe_get_full_fp32_param, set_z3_leaf_modules
 from torch import Tensor
 
-from ufo_ds.data.mixing import Batch
+from ufo_ds.data.mixing import Batch, Positions
 from ufo_ds.evaluation.benchmarks import Predictions, TaskImages, join, predict
 from ufo_ds.model.heads import LOSSES, TaskHead
 from ufo_ds.model.parameters import check_rules, unused, update_rule
@@ -114,11 +115,15 @@ class Engine:
 
     # --- steps ----------------------------------------------------------------------------------------------------
 
+    @property
+    def reads(self) -> Positions:
+        """What this rank's loader reads; only the aligned exchange can do with other numbers than ``samples``."""
+        placement = self.placement
+        return partial(placement.owned if self.config.exchange == "aligned" else placement.read_evenly, self.rank)
+
     def positions(self) -> dict[str, range]:
-        """The positions of each task's global micro-batch that this rank's loader reads."""
-        if self.config.exchange == "aligned":
-            return self.placement.owned(self.rank, self.samples)
-        return self.placement.read_evenly(self.rank, self.samples)
+        """The positions that this rank's loader reads of a micro-batch with the recipe's samples of every task."""
+        return self.reads(self.samples)
 
     def step(self, batches: Iterable[Batch], learning_rate: float) -> Tensor:
         """One optimizer step over ``accumulation`` micro-batches.
@@ -174,12 +179,17 @@ class Engine:
 
     def mean_losses(self, parts_TK: Tensor) -> dict[str, dict[str, float]]:
         """Global mean losses of a step, the same on every rank."""
-        values_TK = parts_TK.clone()
-        dist.all_reduce(values_TK)
         return {
             task.name: {name: v for name, v in zip(LOSSES, row, strict=True) if getattr(task.loss, name) is not None}
-            for task, row in zip(self.recipe.tasks, values_TK.tolist(), strict=True)
+            for task, row in zip(self.recipe.tasks, self.sum_over_ranks(parts_TK).tolist(), strict=True)
         }
+
+    @staticmethod
+    def sum_over_ranks(parts: Tensor) -> Tensor:
+        """The sum of every rank's part, the same on every rank."""
+        total = parts.clone()
+        dist.all_reduce(total)
+        return total
 
     @property
     def gradient_norm(self) -> float | None:

@@ -4,14 +4,16 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from ufo_ds import checkpoint
-from ufo_ds.data.mixing import Batch, HeterogeneousBatches, IsomorphicBatches, loader
+from ufo_ds.data.mixing import Batch, Batches, TaskSteps, in_turn, loader, one_of_each
 from ufo_ds.data.source import TrainSource
 from ufo_ds.errors import UserError
 from ufo_ds.evaluation import benchmarks, outcomes
@@ -20,6 +22,7 @@ from ufo_ds.parallel.branching import branch
 from ufo_ds.parallel.conflict import gradient_conflict
 from ufo_ds.parallel.engine import Engine
 from ufo_ds.recipe_file import dump
+from ufo_ds.training.balance import Balancer
 from ufo_ds.training.run_directory import RunDirectory
 from ufo_ds.training.schedule import learning_rate
 
@@ -33,6 +36,7 @@ class Trainer:
         directory: on rank 0, where to record; elsewhere None.
         checkpoints: where checkpoints go, on all ranks.
         metrics: of the last evaluation before a resume.
+        balance: :meth:`Balancer.memory` before a resume.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class Trainer:
         directory: RunDirectory | None,
         checkpoints: Path,
         metrics: dict[str, float],
+        balance: dict[str, Any],
     ):
         self.engine, self.recipe = engine, engine.recipe
         self.sources, self.images = sources, images
@@ -50,6 +55,14 @@ class Trainer:
         self.classes = {name: class_names(source) for name, source in sources.items()}
         self.unreadable: dict[str, set[int]] = {name: set() for name in sources}
         self.metrics = metrics
+        self.balancer = (
+            None if self.recipe.data.balance is None else Balancer(engine, self.recipe.data.balance, balance)
+        )
+        self.task_steps: TaskSteps = one_of_each
+        if self.recipe.data.batches == "isomorphic":
+            self.task_steps = partial(in_turn, list(sources))
+        elif self.balancer is not None:
+            self.task_steps = self.balancer.phases.task_steps
 
     def train(self, start: int) -> dict[str, float]:
         """Train from step ``start`` to the schedule's end; the metrics of the last evaluation.
@@ -63,11 +76,7 @@ class Trainer:
             self.directory.begin(start)
         if start < (recipe.model.branch_at or 0):
             self.engine.model.share_everything()
-        isomorphic = recipe.data.batches == "isomorphic"
-        batches_of = IsomorphicBatches if isomorphic else HeterogeneousBatches
-        dataset = batches_of(self.sources, self.engine.positions(), gas)
-        pin = self.engine.device.type == "cuda"
-        batches = loader(dataset, start * gas, steps * gas, recipe.data.workers, pin)
+        batches = self._batches(start)
         progress = tqdm(total=steps, initial=start, desc="train", unit="step", disable=_bar_off(self.engine.rank))
         clock, counted = time.perf_counter(), start
         for step in range(start, steps):
@@ -83,10 +92,12 @@ class Trainer:
                 self._record_conflict(done, kept)
                 clock += time.perf_counter() - began
             parts = self.engine.step(of_step, rate)
+            if self.balancer is not None:
+                self.balancer.note(step, parts)
             progress.update()
             if done % recipe.logging.every == 0 or done == steps:
                 seconds, clock = time.perf_counter() - clock, time.perf_counter()
-                self._record_step(done, parts, rate, seconds / (done - counted))
+                self._record_step(done, parts, rate, self._images(counted, done) / seconds)
                 self._record_routes(done)
                 counted = done
             evaluate = done == steps or (recipe.evaluation.every is not None and done % recipe.evaluation.every == 0)
@@ -99,6 +110,32 @@ class Trainer:
                 clock = time.perf_counter()
         progress.close()
         return self.metrics
+
+    def _batches(self, start: int) -> Iterator[Batch]:
+        """All micro-batches from a step on. The first of a phase of sampling finds its rates, on all ranks at once."""
+        recipe, gas, stop = self.recipe, self.engine.config.accumulation, self.recipe.schedule.steps
+        dataset = Batches(self.sources, self.engine.reads, gas, self.task_steps)
+        pin = self.engine.device.type == "cuda"
+        while start < recipe.schedule.steps:
+            if self.balancer is not None:
+                if self.balancer.is_due(start):
+                    self._report_rates(start, *self.balancer.begin_phase())
+                stop = min(recipe.schedule.steps, self.balancer.phases.stop)
+            yield from loader(dataset, start * gas, stop * gas, recipe.data.workers, pin)
+            start = stop
+
+    def _images(self, start: int, stop: int) -> int:
+        """How many images the steps from ``start`` to ``stop - 1`` hold, over all ranks."""
+        return sum(
+            len(self.task_steps(step, task.name)) * task.samples_per_step
+            for step in range(start, stop) for task in self.recipe.tasks
+        )  # fmt: skip
+
+    def _report_rates(self, step: int, rates: dict[str, float], slowness: dict[str, float]) -> None:
+        if self.directory is not None:
+            self.directory.record_rates(step + 1, rates, slowness)
+        of_tasks = (f"{task} x{rate:.2f} (loss at {slowness[task]:.0%} of its start)" for task, rate in rates.items())
+        self._say(f"sampling: {', '.join(of_tasks)}")
 
     def _noted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in batches:
@@ -119,29 +156,26 @@ class Trainer:
                 )
         return counts
 
-    def _record_step(self, done: int, parts: torch.Tensor, rate: float, seconds_per_step: float) -> None:
+    def _record_step(self, done: int, parts: torch.Tensor, rate: float, images_per_second: float) -> None:
         losses = self.engine.mean_losses(parts)
         norm, unreadable = self.engine.gradient_norm, self._count_unreadable()
         weights = {task.name: task.weight for task in self.recipe.tasks}
         total = sum(weights[task] * sum(values.values()) for task, values in losses.items())
         if self.directory is None:
             return
-        samples: float = sum(task.samples_per_step for task in self.recipe.tasks)
-        if self.recipe.data.batches == "isomorphic":
-            samples /= len(self.recipe.tasks)  # of one of the tasks in a step: their mean
         values = {
             "loss": total,
             **{f"{task}/{name}": value for task, of_task in losses.items() for name, value in of_task.items()},
             "learning_rate": rate,
             **({} if norm is None else {"gradient_norm": norm}),
             **{f"{name}/unreadable": float(count) for name, count in unreadable.items() if count},
-            "images_per_second": samples / seconds_per_step,
+            "images_per_second": images_per_second,
         }
         self.directory.record(done, values, "train")
         parts_text = "  ".join(f"{task} {sum(of_task.values()):.3f}" for task, of_task in losses.items())
         self._say(
             f"step {done}/{self.recipe.schedule.steps}  loss {total:.3f}  ({parts_text})  lr {rate:.2e}  "
-            f"{values['images_per_second']:.0f} images/s"
+            f"{images_per_second:.0f} images/s"
         )
 
     def _record_conflict(self, done: int, batches: list[Batch]) -> None:
@@ -179,6 +213,7 @@ class Trainer:
                 for name, routes in self.engine.model.routes.items()
             },
             router=self.engine.model.router.memory(),
+            balance={} if self.balancer is None else self.balancer.memory(),
             licences={name: source.licences for name, source in self.sources.items()},
             metrics=self.metrics,
         )

@@ -87,6 +87,12 @@ class RunDirectory:
         line = {"temperature": temperature, "changed_at": changed_at, "own": probabilities}
         print(json.dumps({"step": step, "kind": "routes", **line}), file=self._metrics, flush=True)
 
+    def record_rates(self, step: int, rates: dict[str, float], slowness: dict[str, float]) -> None:
+        """Append the rates of sampling from ``step`` on, and what they follow from."""
+        assert self._metrics is not None
+        line = {"step": step, "kind": "balance", "rates": rates, "slowness": slowness}
+        print(json.dumps(line), file=self._metrics, flush=True)
+
     def draw_routes(self) -> None:
         """Draw what was recorded of routes, if any was."""
         lines = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]

@@ -42,10 +42,10 @@ def train(recipe: Recipe, config: DistributedConfig, run_dir: Path) -> dict[str,
         engine = Engine(recipe, config, num_classes, pretrained=start_values)
         directory = _open(run_dir, recipe, config, engine)
         loaded = checkpoint.load(engine, last) if last is not None else None
-        start, metrics = (loaded.step, loaded.metrics) if loaded is not None else (0, {})
+        start, metrics, balance = (loaded.step, loaded.metrics, loaded.balance) if loaded is not None else (0, {}, {})
         if rank == 0:
             _announce(engine, run_dir, start)
-        trainer = Trainer(engine, sources, images, directory, run_dir / "checkpoints", metrics)
+        trainer = Trainer(engine, sources, images, directory, run_dir / "checkpoints", metrics, balance)
         metrics = trainer.train(start)
         if directory is not None:
             directory.close()
