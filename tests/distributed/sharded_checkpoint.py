@@ -30,7 +30,7 @@ def main() -> None:
         engine = Engine(recipe, configure(case, recipe), MANY_CLASSES)
         if i == 0:
             for step in range(STEPS):
-                batch = global_batch(recipe, step, 0, engine.samples, MANY_CLASSES, isomorphic=False)
+                batch = global_batch(recipe, step, 0, engine.samples, MANY_CLASSES)
                 engine.step([part_of(batch, engine.positions())], 1e-3)
         else:
             checkpoint.load(engine, directory / str(i - 1) / name_of(STEPS))
