@@ -92,7 +92,8 @@ class Router(nn.Module):
         return {"likelier_own": self.likelier_own, "changed_at": self.changed_at}
 
     def remember(self, memory: Mapping[str, Any]) -> None:
-        self.likelier_own, self.changed_at = memory["likelier_own"], memory["changed_at"]
+        """What :meth:`memory` gave; nothing is remembered of a router that never ran."""
+        self.likelier_own, self.changed_at = memory.get("likelier_own", {}), memory.get("changed_at", 0)
 
     def probed_block(self, step: int, task: str) -> int:
         """Which of the ``blocks`` of a task's samples is probed."""
