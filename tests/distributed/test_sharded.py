@@ -65,7 +65,7 @@ def test_checkpoints_of_sharded_heads_fit_any_topology(tmp_path):
         for name, parameter in wanted.index.parameters.items():
             other = found.index.parameters[name]
             assert (other.shape, other.scalars) == (parameter.shape, parameter.scalars), name
-            assert set(other.kinds) == set(parameter.kinds) == {"weight", "exp_avg", "exp_avg_sq"}
+            assert set(other.kinds) == set(parameter.kinds) == {"weight", "average", "exp_avg", "exp_avg_sq"}
             size = torch.Size(parameter.shape).numel()
             for kind in parameter.kinds:
                 assert torch.equal(found.read(name, kind, 0, size), wanted.read(name, kind, 0, size)), (name, kind)
