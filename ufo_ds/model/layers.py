@@ -80,10 +80,11 @@ class Stem(nn.Sequential):
             nothing = x_NP.new_zeros(0, 3, h * self.patch_size, w * self.patch_size)
             images = concatenate([unpatchify(rows[i], segments[i], self.patch_size) for i in indices], nothing)
             y_NP = patchify(super().forward(images), self.rest, prefix)
-            for i, piece in zip(indices, y_NP.split([segments[i].rows for i in indices] or [0]), strict=False):
-                pieces[i] = piece
             if not indices:
                 idle.append(y_NP)
+                continue
+            for i, piece in zip(indices, y_NP.split([segments[i].rows for i in indices]), strict=True):
+                pieces[i] = piece
         return concatenate(pieces + idle, x_NP)
 
 
