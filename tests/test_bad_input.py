@@ -11,7 +11,7 @@ import pytest
 from tests import tiny
 from ufo_ds import cli, train
 from ufo_ds.data.layouts import read_csv, read_folder
-from ufo_ds.data.shards import write
+from ufo_ds.data.shard_writer import write
 from ufo_ds.errors import UserError, run
 
 REPOSITORY = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ufo_ds.data.layouts import Layout, Sample
 from ufo_ds.data.mixing import Batch, Batches, Positions, in_turn, loader
-from ufo_ds.data.shards import write
+from ufo_ds.data.shard_writer import write
 from ufo_ds.data.source import TrainSource
 from ufo_ds.data.transforms import evaluation_transform
 from ufo_ds.errors import UserError

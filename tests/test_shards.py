@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save
 from ufo_ds import shards as command
 from ufo_ds.data.evaluation_set import EvaluationSet
 from ufo_ds.data.layouts import Layout, Pair, Sample, read_csv, read_folder
-from ufo_ds.data.shards import MAX_OPEN, ShardSet, verify, write
+from ufo_ds.data.shard_writer import write
+from ufo_ds.data.shards import MAX_OPEN, ShardSet, verify
 from ufo_ds.errors import UserError
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from ufo_ds.data.layouts import read_csv, read_folder
-from ufo_ds.data.shards import write
+from ufo_ds.data.shard_writer import write
 
 RECIPE = """
 name: tiny

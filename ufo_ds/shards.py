@@ -1,13 +1,15 @@
 """``ufo shards``: make shards of a public data set, or verify them."""
 
 import argparse
+import inspect
 import json
 import os
 from pathlib import Path
 from typing import NoReturn
 
-from ufo_ds.data import open_small, shards
-from ufo_ds.data.layouts import read_csv, read_folder
+from ufo_ds.data import open_small, shard_writer
+from ufo_ds.data.layouts import READERS, Layout
+from ufo_ds.data.shards import ShardSet, verify
 from ufo_ds.errors import UserError, run
 
 EXAMPLES = """examples:
@@ -18,8 +20,6 @@ EXAMPLES = """examples:
 """
 RAW = argparse.RawDescriptionHelpFormatter
 COUNTS = ("samples", "classes", "cameras", "shards", "pairs", "dropped_pairs", "corrupt")
-FOLDER = "a sub-folder of images for each class"
-CSV = "a CSV with header path,id[,camera] or path,class or fold,path1,path2,same"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,26 +34,32 @@ def main(argv: list[str] | None = None) -> None:
         UserError: wrong arguments, input that cannot be used, or shards with a fault.
     """
     arguments = _parser().parse_args(argv)
-    if arguments.verb == "open_small":
-        summaries = [_summary(shard_set) for shard_set in open_small.make(arguments.source, arguments.out)]
-        print(json.dumps(summaries) if arguments.json else "\n".join(_line(each, "written") for each in summaries))
-        return
-    if arguments.verb == "verify":
-        shards.verify(arguments.directory)
-        shard_set = shards.ShardSet.open(arguments.directory)
+    if arguments.layout == "verify":
+        verify(arguments.directory)
+        written, verdict = [ShardSet.open(arguments.directory)], "verified"
     else:
-        read = read_folder if arguments.verb == "folder" else read_csv
-        shard_set = shards.write(
-            read(arguments.source),
-            arguments.out,
-            source=str(arguments.source),
-            licence=arguments.licence,
-            shard_size=arguments.shard_size,
-            max_corrupt=arguments.max_corrupt,
-            workers=len(os.sched_getaffinity(0)),
-        )
-    verdict = "verified" if arguments.verb == "verify" else "written"
-    print(json.dumps(_summary(shard_set)) if arguments.json else _line(_summary(shard_set), verdict))
+        written, verdict = _make(arguments), "written"
+    summaries = [_summary(shard_set) for shard_set in written]
+    if arguments.json:
+        print(json.dumps(summaries if len(summaries) > 1 else summaries[0]))
+    else:
+        print("\n".join(_line(summary, verdict) for summary in summaries))
+
+
+def _make(arguments: argparse.Namespace) -> list[ShardSet]:
+    if arguments.layout == "open_small":
+        return open_small.make(arguments.source, arguments.out)
+    options = {
+        "source": str(arguments.source),
+        "licence": arguments.licence,
+        "shard_size": arguments.shard_size,
+        "max_corrupt": arguments.max_corrupt,
+        "workers": len(os.sched_getaffinity(0)),
+    }
+    read = READERS[arguments.layout](arguments.source)
+    if isinstance(read, Layout):
+        return [shard_writer.write(read, arguments.out, **options)]
+    return shard_writer.write_parts(read, arguments.out, **options)
 
 
 def _line(summary: dict[str, str | int], verdict: str) -> str:
@@ -61,7 +67,7 @@ def _line(summary: dict[str, str | int], verdict: str) -> str:
     return f"{summary['directory']}: {verdict}, {numbers}"
 
 
-def _summary(shard_set: shards.ShardSet) -> dict[str, str | int]:
+def _summary(shard_set: ShardSet) -> dict[str, str | int]:
     manifest = shard_set.manifest
     summary: dict[str, str | int] = {
         "directory": str(shard_set.directory),
@@ -84,10 +90,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=RAW,
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{folder,csv,open_small,verify}")
-    for verb, metavar, text in (("folder", "SOURCE", FOLDER), ("csv", "FILE", CSV)):
-        maker = verbs.add_parser(verb, help=f"shards of {text}", epilog=EXAMPLES, formatter_class=RAW)
-        maker.add_argument("source", metavar=metavar, type=Path, help=text)
+    verbs = parser.add_subparsers(dest="layout", required=True, metavar=f"{{{','.join(READERS)},open_small,verify}}")
+    for layout, reader in READERS.items():
+        text = (inspect.getdoc(reader) or "").partition("\n\nRaises:")[0]
+        maker = verbs.add_parser(
+            layout, help=text.partition("\n")[0], description=text, epilog=EXAMPLES, formatter_class=RAW
+        )
+        maker.add_argument("source", metavar="SOURCE", type=Path, help="file or directory of the data set")
         maker.add_argument("out", metavar="OUT", type=Path, help="directory to make")
         maker.add_argument("--licence", default="unknown", help="of the images, for the manifest")
         maker.add_argument("--shard_size", type=int, default=10_000, help="samples per shard (default 10000)")

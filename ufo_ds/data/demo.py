@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from ufo_ds.data import shards
+from ufo_ds.data import shard_writer
 from ufo_ds.data.layouts import Layout, Pair, Sample
 from ufo_ds.errors import UserError
 from ufo_ds.seeding import numpy_generator
@@ -61,10 +61,12 @@ def make(directory: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as temporary:
         images, out = Path(temporary, "images"), Path(temporary, "shards")
         for name, layout in _digits(images / "digits").items():
-            shards.write(layout, out / "digits" / name, source="sklearn.datasets.load_digits", licence=DIGITS_LICENCE)
+            shard_writer.write(
+                layout, out / "digits" / name, source="sklearn.datasets.load_digits", licence=DIGITS_LICENCE
+            )
         for name, layout in _glyphs(images / "glyphs").items():
             source = f"fonts of matplotlib {matplotlib.__version__}"
-            shards.write(layout, out / "glyphs" / name, source=source, licence=GLYPHS_LICENCE)
+            shard_writer.write(layout, out / "glyphs" / name, source=source, licence=GLYPHS_LICENCE)
         out.rename(directory)
 
 

@@ -29,8 +29,9 @@ from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 
-from ufo_ds.data import shards
+from ufo_ds.data import shard_writer
 from ufo_ds.data.layouts import Layout, Pair, Sample, read_csv
+from ufo_ds.data.shards import ShardSet
 from ufo_ds.errors import UserError
 from ufo_ds.seeding import numpy_generator
 
@@ -67,7 +68,7 @@ _FACES_VAL, _FACE_QUERIES, _FACE_FOLDS = 5, 3, 10  # persons; images per person;
 _PUPILS_VAL = 0.2  # share of the pupils
 
 
-def make(source: Path, out: Path) -> list[shards.ShardSet]:
+def make(source: Path, out: Path) -> list[ShardSet]:
     """Write the shards of all six sets, ``out/{test,val}/SET/{train,query,gallery,pairs,test}``.
 
     The same source gives the same bytes. ``out`` appears as a whole or not at all.
@@ -83,16 +84,16 @@ def make(source: Path, out: Path) -> list[shards.ShardSet]:
         if not (source / name).is_dir():
             raise UserError(f"{source} has no folder {name}: it needs {', '.join(ORIGINS)}")
     written = []
-    with shards.complete_or_nothing(out) as directory:
+    with shard_writer.complete_or_nothing(out) as directory:
         for name, (origin, licence) in ORIGINS.items():
             for stage, layouts in _splits(name, source / name).items():
                 for part, layout in layouts.items():
                     place = Path(stage, name, part)
                     if not layout.samples:
                         raise UserError(f"{source / name} has no image for {place}: is it the data set of this name?")
-                    shards.write(layout, directory / place, source=origin, licence=licence)
+                    shard_writer.write(layout, directory / place, source=origin, licence=licence)
                     written.append(place)
-    return [shards.ShardSet.open(out / place) for place in written]
+    return [ShardSet.open(out / place) for place in written]
 
 
 def _splits(name: str, folder: Path) -> Splits:
@@ -136,7 +137,7 @@ def _retrieval(
     query: list[Sample] = []
     gallery: list[Sample] = []
     for identity in sorted(new):
-        images = sorted((sample for sample in train if sample.label == identity), key=lambda sample: sample.path)
+        images = sorted((sample for sample in train if sample.label == identity), key=_path)
         for position, sample in enumerate(images):
             (query if is_query(position, sample) else gallery).append(sample)
     return {
@@ -156,10 +157,14 @@ def _retrieval(
 def _faces(folder: Path) -> Splits:
     splits = _retrieval(folder, lambda ids: ids[-_FACES_VAL:], lambda position, _: position < _FACE_QUERIES)
     held_out = splits["val"]["query"].samples + splits["val"]["gallery"].samples
-    samples = sorted(held_out, key=lambda sample: sample.path)
+    samples = sorted(held_out, key=_path)
     splits["test"]["pairs"] = read_csv(folder / "pairs.csv")
     splits["val"]["pairs"] = Layout(samples, _all_pairs(samples))
     return splits
+
+
+def _path(sample: Sample) -> Path:
+    return Path(str(sample.path))
 
 
 def _all_pairs(samples: list[Sample]) -> list[Pair]:
@@ -195,7 +200,7 @@ def _sign_digits(folder: Path) -> Splits:
 
 
 def _number(sample: Sample) -> int:
-    numbers = re.findall(r"\d+", sample.path.stem)
+    numbers = re.findall(r"\d+", _path(sample).stem)
     if not numbers or not sample.label.isdecimal():
         raise UserError(f"{sample.path} (class {sample.label}): expected a file with a running number and a digit")
     return int(numbers[-1])

@@ -1,42 +1,20 @@
-"""Layouts in which public data sets come: a folder per class, a CSV of labelled images, a CSV of image pairs."""
+"""Layouts that any data set can be brought into: a folder per class, a CSV of labelled images or of image pairs."""
 
 import csv
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+from ufo_ds.data.layouts.layout import IMAGE_EXTENSIONS, Layout, Pair, Sample, is_image
 from ufo_ds.errors import UserError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "webp")
 LABEL_HEADERS = (["path", "id"], ["path", "id", "camera"], ["path", "class"])
 PAIR_HEADER = ["fold", "path1", "path2", "same"]
 
 
-@dataclass(frozen=True)
-class Sample:
-    path: Path
-    label: str
-    camera: str | None = None
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two images of a verification protocol; ``first`` and ``second`` index the layout's samples."""
-
-    fold: int
-    first: int
-    second: int
-    same: bool
-
-
-@dataclass
-class Layout:
-    samples: list[Sample]
-    pairs: list[Pair] | None = None
-
-
 def read_folder(source: Path) -> Layout:
-    """Read one sub-folder per class: the label is the folder's name, the order that of the sorted paths.
+    """A directory with a sub-folder of images for each class.
+
+    The label is the folder's name, the order that of the sorted paths.
 
     Raises:
         UserError: no such directory, no class in it, or a class without an image.
@@ -56,7 +34,7 @@ def read_folder(source: Path) -> Layout:
 
 
 def read_csv(source: Path) -> Layout:
-    """Read a list whose header is ``path,id[,camera]``, ``path,class`` or ``fold,path1,path2,same``.
+    """A CSV with header path,id[,camera] or path,class or fold,path1,path2,same.
 
     Paths are relative to the CSV's folder. The images of a pair list have no label; each takes its path as one.
 
@@ -82,10 +60,6 @@ def read_csv(source: Path) -> Layout:
     if not samples:
         raise UserError(f"{source} lists no image: add lines below the header")
     return Layout(samples)
-
-
-def is_image(path: Path) -> bool:
-    return path.suffix[1:].lower() in IMAGE_EXTENSIONS
 
 
 def _read_pairs(source: Path, rows: Iterator[tuple[str, list[str]]]) -> Layout:

@@ -1,0 +1,26 @@
+"""The forms in which public data sets come, each read into the parts that its benchmark has."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ufo_ds.data.layouts.generic import read_csv, read_folder
+from ufo_ds.data.layouts.layout import IMAGE_EXTENSIONS, ImageFile, Layout, Pair, Sample, is_image
+
+__all__ = [
+    "IMAGE_EXTENSIONS",
+    "READERS",
+    "ImageFile",
+    "Layout",
+    "Pair",
+    "Sample",
+    "is_image",
+    "read_csv",
+    "read_folder",
+]
+
+# By the name that `ufo shards` takes: from a source to its parts by name, such as train, query and gallery; a layout
+# that has no parts gives a Layout. The first line of a reader's docstring says what the source is.
+READERS: dict[str, Callable[[Path], Layout | dict[str, Layout]]] = {
+    "folder": read_folder,
+    "csv": read_csv,
+}
