@@ -7,13 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
+from pydantic import TypeAdapter
 
 from ufo_ds import shards as command
 from ufo_ds.data.evaluation_set import EvaluationSet
 from ufo_ds.data.layouts import READERS
 from ufo_ds.data.shards import verify
 from ufo_ds.errors import UserError
+from ufo_ds.recipe_task import Benchmark, TrainSet
 
 # What a part should hold: path below the source, label, camera.
 Parts = dict[str, list[tuple[str, str, str | None]]]
@@ -94,10 +97,6 @@ def make_msmt17(source: Path, train: str = "train", test: str = "test") -> Parts
             (f"{test}/0001/0001_000_07_0113noon_0004_0.jpg", "1", "07"),
         ],
     }
-
-
-def make_msmt17_v2(source: Path) -> Parts:
-    return make_msmt17(source, "mask_train_v2", "mask_test_v2")
 
 
 def make_veri776(source: Path) -> Parts:
@@ -218,22 +217,18 @@ def make_inshop(source: Path, eval_folder: str = "Eval/", img_folder: str = "Img
     return parts
 
 
-def make_inshop_flat(source: Path) -> Parts:
-    return make_inshop(source, "", "")
-
-
 MAKERS: dict[str, tuple[str, Callable[[Path], Parts]]] = {
     "market1501": ("market1501", make_market1501),
     "duke": ("market1501", make_duke),
     "msmt17 v1": ("market1501", make_msmt17),
-    "msmt17 v2": ("market1501", make_msmt17_v2),
+    "msmt17 v2": ("market1501", lambda source: make_msmt17(source, "mask_train_v2", "mask_test_v2")),
     "veri776": ("veri776", make_veri776),
     "vehicleid": ("vehicleid", make_vehicleid),
     "veriwild": ("veriwild", make_veriwild),
     "veriwild with cameras": ("veriwild", make_veriwild_with_cameras),
     "sop": ("sop", make_sop),
     "inshop": ("inshop", make_inshop),
-    "inshop flat": ("inshop", make_inshop_flat),
+    "inshop flat": ("inshop", lambda source: make_inshop(source, "", "")),
 }
 
 
@@ -289,11 +284,8 @@ def test_order_of_a_folder_is_that_of_the_names(tmp_path: Path) -> None:
         assert [str(sample.path) for sample in read[part].samples] == [str(tmp_path / path) for path, _, _ in samples]
 
 
-Change = tuple[str, str | None]  # a file or folder, and its new text; None: it goes
-
-
 @pytest.mark.parametrize(
-    ("form", "change", "fault"),
+    ("form", "change", "fault"),  # change: a file or folder, and its new text; None: it goes
     [
         ("market1501", ("query", None), "source holds no query: give the directory"),
         ("market1501", ("query/0001_s1_0.jpg", ""), "query/0001_s1_0.jpg is not named <identity>_c<camera>_"),
@@ -327,7 +319,7 @@ Change = tuple[str, str | None]  # a file or folder, and its new text; None: it 
         ("inshop", ("Img/img/MEN/Denim/id_00000080/01_1_front.jpg", None), "txt:4: .*01_1_front.jpg does not exist"),
     ],
 )  # fmt: skip
-def test_wrong_set(form: str, change: Change, fault: str, tmp_path: Path) -> None:
+def test_wrong_set(form: str, change: tuple[str, str | None], fault: str, tmp_path: Path) -> None:
     layout, make = MAKERS[form]
     source = tmp_path / "source"
     make(source)
@@ -391,3 +383,14 @@ def assert_refused(arguments: list[str], fault: str) -> None:
         command.main(arguments)
     assert "\n" not in str(error.value)
     assert not Path(arguments[-1]).exists()
+
+
+def test_the_page_has_every_layout_and_recipes_that_are_valid() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "bring_your_own_data.md").read_text()
+    sections = {section.partition("\n")[0]: section for section in page.split("\n## ")[1:]}
+    for layout in {"folder", "csv", "list", *(layout for layout, _ in MAKERS.values())}:
+        assert f"$ ufo shards {layout} " in sections[layout]
+        task = yaml.safe_load(sections[layout].partition("```yaml\n")[2].partition("```")[0])
+        TypeAdapter(list[TrainSet]).validate_python(task.pop("train"))
+        TypeAdapter(list[Benchmark]).validate_python(task.pop("benchmarks", []))
+        assert not task
