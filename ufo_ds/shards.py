@@ -15,6 +15,7 @@ from ufo_ds.errors import UserError, run
 EXAMPLES = """examples:
   ufo shards folder clothing/train data_shards/clothing-train --licence CC0-1.0
   ufo shards csv market1501/query.csv data_shards/market1501-query
+  ufo shards market1501 data/Market-1501-v15.09.15 data_shards/market1501
   ufo shards open_small ~/data data_shards/open_small
   ufo shards verify data_shards/clothing-train
 """

@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from ufo_ds.data.layouts.generic import read_csv, read_folder
+from ufo_ds.data.layouts.generic import read_csv, read_folder, read_list
 from ufo_ds.data.layouts.layout import IMAGE_EXTENSIONS, ImageFile, Layout, Pair, Sample, is_image
+from ufo_ds.data.layouts.products import read_inshop, read_sop
+from ufo_ds.data.layouts.reid import read_market1501, read_vehicleid, read_veri776, read_veriwild
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -23,4 +25,11 @@ __all__ = [
 READERS: dict[str, Callable[[Path], Layout | dict[str, Layout]]] = {
     "folder": read_folder,
     "csv": read_csv,
+    "list": read_list,
+    "market1501": read_market1501,
+    "veri776": read_veri776,
+    "vehicleid": read_vehicleid,
+    "veriwild": read_veriwild,
+    "sop": read_sop,
+    "inshop": read_inshop,
 }

@@ -1,9 +1,11 @@
-"""Layouts that any data set can be brought into: a folder per class, a CSV of labelled images or of image pairs."""
+"""Layouts that any data set can be brought into: a folder per class, a list of labelled images, a CSV of them or of
+image pairs."""
 
 import csv
 from collections.abc import Iterator
 from pathlib import Path
 
+from ufo_ds.data.layouts.files import Images, lines, listed
 from ufo_ds.data.layouts.layout import IMAGE_EXTENSIONS, Layout, Pair, Sample, is_image
 from ufo_ds.errors import UserError
 
@@ -33,6 +35,26 @@ def read_folder(source: Path) -> Layout:
     return Layout(samples)
 
 
+def read_list(source: Path) -> Layout:
+    """A text file with lines "path label", such as ImageNet's train.txt.
+
+    The label is what follows the last white space, so that paths may hold spaces; they are relative to the list's
+    folder. The order is that of the list.
+
+    Raises:
+        UserError: with file and line, for a line without a label, or an image that is not there.
+    """
+    source = Path(source)
+    images = Images()
+    samples = []
+    for where, text in lines(source):
+        path, *label = text.rsplit(maxsplit=1)
+        if not label:
+            raise UserError(f"{where}: {text!r} has no label: write the path, a space or tab, and the label")
+        samples.append(Sample(images.path(where, source.parent, path), label[0]))
+    return listed(source, samples)
+
+
 def read_csv(source: Path) -> Layout:
     """A CSV with header path,id[,camera] or path,class or fold,path1,path2,same.
 
@@ -50,19 +72,21 @@ def read_csv(source: Path) -> Layout:
     if header not in LABEL_HEADERS:
         known = " or ".join(",".join(names) for names in (*LABEL_HEADERS, PAIR_HEADER))
         raise UserError(f"{source}:1: header {','.join(header)!r} is not known: use {known}")
+    images = Images()
     samples = []
     for where, row in rows:
         _check_length(where, row, header)
         if not row[1]:
             raise UserError(f"{where}: {row[0]!r} has an empty {header[1]}: fill it in or remove the line")
         camera = row[2] if len(row) == 3 else ""
-        samples.append(Sample(_image(where, source.parent, row[0]), row[1], camera or None))
+        samples.append(Sample(images.path(where, source.parent, row[0]), row[1], camera or None))
     if not samples:
         raise UserError(f"{source} lists no image: add lines below the header")
     return Layout(samples)
 
 
 def _read_pairs(source: Path, rows: Iterator[tuple[str, list[str]]]) -> Layout:
+    images = Images()
     samples: list[Sample] = []
     index_of: dict[str, int] = {}
     pairs = []
@@ -76,7 +100,7 @@ def _read_pairs(source: Path, rows: Iterator[tuple[str, list[str]]]) -> Layout:
         for name in names:
             if name not in index_of:
                 index_of[name] = len(samples)
-                samples.append(Sample(_image(where, source.parent, name), name))
+                samples.append(Sample(images.path(where, source.parent, name), name))
         pairs.append(Pair(int(fold), index_of[names[0]], index_of[names[1]], same == "1"))
     if not pairs:
         raise UserError(f"{source} lists no pair: add lines below the header")
@@ -100,12 +124,3 @@ def _rows(source: Path) -> Iterator[tuple[str, list[str]]]:
 def _check_length(where: str, row: list[str], header: list[str]) -> None:
     if len(row) != len(header):
         raise UserError(f"{where}: {len(row)} values in {','.join(row)!r}: the header asks for {','.join(header)}")
-
-
-def _image(where: str, folder: Path, name: str) -> Path:
-    path = folder / name
-    if not is_image(path):
-        raise UserError(f"{where}: {name!r} is not an image: its name must end in {', '.join(IMAGE_EXTENSIONS)}")
-    if not path.is_file():
-        raise UserError(f"{where}: {path} does not exist: correct the path, which is relative to the CSV's folder")
-    return path
