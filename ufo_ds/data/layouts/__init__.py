@@ -3,8 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from ufo_ds.data.layouts.faces import read_facebin, read_pairs
 from ufo_ds.data.layouts.generic import read_csv, read_folder
-from ufo_ds.data.layouts.layout import IMAGE_EXTENSIONS, ImageFile, Layout, Pair, Sample, is_image
+from ufo_ds.data.layouts.ijb import read_ijb
+from ufo_ds.data.layouts.layout import IMAGE_EXTENSIONS, ImageFile, Layout, Pair, Sample, Templates, is_image
+from ufo_ds.data.layouts.recordio import read_recordio
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -13,9 +16,14 @@ __all__ = [
     "Layout",
     "Pair",
     "Sample",
+    "Templates",
     "is_image",
     "read_csv",
+    "read_facebin",
     "read_folder",
+    "read_ijb",
+    "read_pairs",
+    "read_recordio",
 ]
 
 # By the name that `ufo shards` takes: from a source to its parts by name, such as train, query and gallery; a layout
@@ -23,4 +31,8 @@ __all__ = [
 READERS: dict[str, Callable[[Path], Layout | dict[str, Layout]]] = {
     "folder": read_folder,
     "csv": read_csv,
+    "pairs": read_pairs,
+    "facebin": read_facebin,
+    "recordio": read_recordio,
+    "ijb": read_ijb,
 }
