@@ -12,7 +12,7 @@ from sklearn.model_selection import KFold
 
 from tests.layout_files import contents, converted, encoded, fault
 from ufo_ds import shards as command
-from ufo_ds.data.layouts import read_facebin, read_pairs
+from ufo_ds.data.layouts.faces import read_facebin, read_pairs
 from ufo_ds.data.shards import ShardSet
 from ufo_ds.errors import UserError
 

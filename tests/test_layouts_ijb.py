@@ -13,8 +13,7 @@ from safetensors.numpy import load_file, save
 from scipy.ndimage import center_of_mass, map_coordinates
 
 from tests.layout_files import contents, converted, fault
-from ufo_ds.data.layouts import read_ijb
-from ufo_ds.data.layouts.ijb import REFERENCE_52, align, similarity
+from ufo_ds.data.layouts.ijb import REFERENCE_52, align, read_ijb, similarity
 from ufo_ds.data.shards import verify
 from ufo_ds.errors import UserError
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.layout_files import contents, converted, encoded, fault
-from ufo_ds.data.layouts import read_recordio
+from ufo_ds.data.layouts.recordio import read_recordio
 
 MAGIC = struct.pack("<I", 0xCED7230A)
 

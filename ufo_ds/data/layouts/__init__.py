@@ -19,11 +19,7 @@ __all__ = [
     "Templates",
     "is_image",
     "read_csv",
-    "read_facebin",
     "read_folder",
-    "read_ijb",
-    "read_pairs",
-    "read_recordio",
 ]
 
 # By the name that `ufo shards` takes: from a source to its parts by name, such as train, query and gallery; a layout
