@@ -18,7 +18,7 @@ import webdataset
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from ufo_ds.data.layouts import Layout, Pair, Sample, is_image
+from ufo_ds.data.layouts import Layout, Pair, Sample, Templates, is_image
 from ufo_ds.data.shards import INDEX, MANIFEST, ClassEntry, Manifest, ShardEntry, ShardSet, sha256
 from ufo_ds.data.transforms import CorruptImage, decode
 from ufo_ds.errors import UserError
@@ -180,9 +180,12 @@ def _write_index(
     }
     if layout.pairs is not None:
         index["pairs"] = _kept_pairs(layout.pairs, kept)
+    if layout.templates is not None:
+        index |= _kept_templates(layout.templates, kept)
     (directory / INDEX).write_bytes(save(index))  # save_file would make it readable by its owner alone
     counts = Counter(sample.label for sample in samples)
-    pairs = len(index["pairs"]) if layout.pairs is not None else None
+    given = layout.pairs if layout.templates is None else layout.templates.pairs
+    pairs = None if given is None else len(index["pairs" if layout.templates is None else "template_pairs"])
     manifest = Manifest(
         version=1,
         samples=len(kept),
@@ -192,7 +195,7 @@ def _write_index(
         index_sha256=sha256(directory / INDEX),
         corrupt=len(layout.samples) - len(kept),
         pairs=pairs,
-        dropped_pairs=len(layout.pairs or []) - (pairs or 0),
+        dropped_pairs=0 if given is None or pairs is None else len(given) - pairs,
         source=source,
         licence=licence,
     )
@@ -208,6 +211,18 @@ def _kept_pairs(pairs: list[Pair], kept: list[int]) -> np.ndarray:
         if pair.first in position_of and pair.second in position_of
     ]
     return np.array(rows, dtype=np.int64).reshape(-1, 4)
+
+
+def _kept_templates(templates: Templates, kept: list[int]) -> dict[str, np.ndarray]:
+    """Arrays of the kept samples, and the pairs of templates that have any."""
+    template = templates.template[kept]
+    has_images = np.isin(templates.pairs[:, :2], template).all(axis=1)
+    return {
+        "template": template,
+        "media": templates.media[kept],
+        "score": templates.score[kept],
+        "template_pairs": templates.pairs[has_images],
+    }
 
 
 def _classes(samples: list[Sample]) -> list[str]:

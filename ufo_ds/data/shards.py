@@ -3,7 +3,8 @@
 A directory of shards::
 
     shard-000000.tar ...   000000012.jpg (the original bytes), 000000012.cls (label), 000000012.json (names)
-    index.safetensors      per sample: shard, offset and length of the image in its tar, label, camera; and the pairs
+    index.safetensors      per sample: shard, offset and length of the image in its tar, label, camera; and the pairs,
+                           of images or of templates
     manifest.json          counts, class and camera names, licence, sizes and checksums
 
 Any WebDataset reader streams the shards; :class:`ShardSet` reads single images by their offset.
@@ -22,6 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.numpy import load_file
 from tqdm import tqdm
 
+from ufo_ds.data.layouts.layout import Templates
 from ufo_ds.data.transforms import CorruptImage, decode
 from ufo_ds.errors import UserError
 
@@ -54,8 +56,8 @@ class Manifest:
     shards: list[ShardEntry]
     index_sha256: str
     corrupt: int  # images left out because they could not be decoded
-    pairs: int | None
-    dropped_pairs: int  # left out because one of their images was
+    pairs: int | None  # of images, or of templates
+    dropped_pairs: int  # left out because one of their images was, or all of a template's
     source: str
     licence: str
 
@@ -70,6 +72,7 @@ class ShardSet:
         labels: int64 [N].
         camera_ids: int64 [N], -1 for a sample without camera.
         pairs: int64 [M, 4] of fold, first sample, second sample, same identity (0 or 1); or None.
+        templates: sets of images to be compared as one; or None.
         licence: of the images.
     """
 
@@ -82,6 +85,11 @@ class ShardSet:
         self.labels = index["label"]
         self.camera_ids = index["camera"]
         self.pairs = index.get("pairs")
+        self.templates = (
+            Templates(index["template"], index["media"], index["score"], index["template_pairs"])
+            if "template" in index
+            else None
+        )
         self._shard, self._offset, self._length = index["shard"], index["offset"], index["length"]
         self._descriptors: dict[int, int] = {}
         self._pid = os.getpid()
@@ -185,6 +193,19 @@ def verify(directory: str | Path) -> None:
         raise UserError(f"{shards.directory / MANIFEST}: counts differ from the index: {_AGAIN}")
     if shards.pairs is not None and (shards.pairs < 0).any() | (shards.pairs[:, 1:3] >= len(shards)).any():
         raise UserError(f"{shards.directory / INDEX}: a pair refers to a sample that is not there: {_AGAIN}")
+    fault = None if shards.templates is None else _template_fault(shards.templates, len(shards))
+    if fault:
+        raise UserError(f"{shards.directory / INDEX}: {fault}: {_AGAIN}")
+
+
+def _template_fault(templates: Templates, samples: int) -> str | None:
+    if any(array.shape != (samples,) for array in (templates.template, templates.media, templates.score)):
+        return f"templates are not told for {samples} samples"
+    if not np.isfinite(templates.score).all():
+        return "a face score is not a number"
+    if not np.isin(templates.pairs[:, :2], templates.template).all():
+        return "a pair refers to a template that is not there"
+    return None if np.isin(templates.pairs[:, 2], (0, 1)).all() else "a pair of templates is neither same nor different"
 
 
 def _fault(shards: ShardSet, position: int, sample: dict[str, Any]) -> str | None:

@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from ufo_ds.data.layouts.faces import read_facebin, read_pairs
 from ufo_ds.data.layouts.generic import read_csv, read_folder, read_list
-from ufo_ds.data.layouts.layout import IMAGE_EXTENSIONS, ImageFile, Layout, Pair, Sample, is_image
+from ufo_ds.data.layouts.ijb import read_ijb
+from ufo_ds.data.layouts.layout import IMAGE_EXTENSIONS, ImageFile, Layout, Pair, Sample, Templates, is_image
 from ufo_ds.data.layouts.products import read_inshop, read_sop
+from ufo_ds.data.layouts.recordio import read_recordio
 from ufo_ds.data.layouts.reid import read_market1501, read_vehicleid, read_veri776, read_veriwild
 
 __all__ = [
@@ -15,6 +18,7 @@ __all__ = [
     "Layout",
     "Pair",
     "Sample",
+    "Templates",
     "is_image",
     "read_csv",
     "read_folder",
@@ -32,4 +36,8 @@ READERS: dict[str, Callable[[Path], Layout | dict[str, Layout]]] = {
     "veriwild": read_veriwild,
     "sop": read_sop,
     "inshop": read_inshop,
+    "pairs": read_pairs,
+    "facebin": read_facebin,
+    "recordio": read_recordio,
+    "ijb": read_ijb,
 }

@@ -1,8 +1,10 @@
 """Folders and list files of a data set, found and read with errors that say where."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import numpy as np
 
 from ufo_ds.data.layouts.layout import IMAGE_EXTENSIONS, Layout, Sample, is_image
 from ufo_ds.errors import UserError
@@ -64,6 +66,44 @@ def values(where: str, text: str, form: str) -> list[str]:
     if len(found) != len(form.split()):
         raise UserError(f"{where}: {text!r} is not of the form {form!r}: correct the line")
     return found
+
+
+def rows(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """``("file:line", values)`` of every line that is not blank; where a line has tabs, values may have blanks.
+
+    Raises:
+        UserError: the file cannot be read, or is not UTF-8.
+    """
+    for where, text in lines(path):
+        yield where, text.split("\t") if "\t" in text else text.split()
+
+
+def read_integers(path: Path, columns: int) -> np.ndarray:
+    """A table of numbers from 0, int64 [N, columns], at some ten million values a second.
+
+    Raises:
+        UserError: the file cannot be read or is empty, or, with its line, what is not such a row.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give a text file") from None
+    lines = text.strip().count(b"\n") + 1
+    # fromstring stops at what is not a number, with a warning only: hence the look at the characters.
+    if not text.translate(None, b"0123456789 \t\r\n"):
+        values = np.fromstring(text, dtype=np.int64, sep=" ")
+        if values.size == lines * columns:
+            return values.reshape(-1, columns)
+    for number, line in enumerate(text.splitlines(), 1):
+        if len(line.split()) != columns or not b"".join(line.split()).isdigit():
+            shown = line[:80].decode(errors="replace")
+            raise UserError(f"{path}:{number}: {shown!r} is not {columns} numbers: copy the file again")
+    raise UserError(f"{path} is empty: copy it again")
+
+
+def are_numbers(values: Iterable[str]) -> bool:
+    """Whether all are whole numbers from 0."""
+    return all(value.isascii() and value.isdigit() for value in values)
 
 
 def listed(source: Path, samples: list[Sample]) -> Layout:
