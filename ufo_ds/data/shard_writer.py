@@ -1,13 +1,11 @@
 """A layout written as WebDataset shards with index and manifest; ``ufo_ds.data.shards`` says of what form they are."""
 
-import contextlib
 import dataclasses
 import hashlib
 import io
 import json
 import os
 import tarfile
-import threading
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,9 +26,8 @@ from ufo_ds.errors import UserError
 from ufo_ds.progress import Progress
 
 READ_AHEAD = 4  # images held in memory while they are checked, per worker
-LARGE = 2**24  # pixels from which images are decoded one at a time: of the largest ones each takes over a gigabyte
+LARGE = 2**24  # pixels from which images are decoded by one thread alone: the largest take over a gigabyte each
 FORM = 1  # of the bytes written for a layout: raised when they change, lest two versions share an interrupted run
-_one_large = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +87,9 @@ def write_sets(
     with ThreadPoolExecutor(workers) as pool:
         fingerprint = _fingerprint(parts, f"{FORM} {shard_size} {max_corrupt}", pool)
     # The pool ends before what it writes is removed, or has the place of ``out``.
-    with resumable(out, fingerprint) as journal, ThreadPoolExecutor(workers) as pool:
+    with resumable(out, fingerprint) as journal, ThreadPoolExecutor(1) as large, ThreadPoolExecutor(workers) as pool:
         for name, part in parts.items():
-            reader = _Reader(part.layout.samples, max_corrupt, pool, READ_AHEAD * workers)
+            reader = _Reader(part.layout.samples, max_corrupt, pool, large, READ_AHEAD * workers)
             places = _write_shards(name, reader, journal, shard_size)
             _write_index(
                 part, reader.kept(), [shard.entry for shard in journal.parts[name]], places, journal.directory / name
@@ -132,9 +129,16 @@ class _Reader:
         corrupt: indices of those that were read and did not decode.
     """
 
-    def __init__(self, samples: list[Sample], max_corrupt: float, pool: ThreadPoolExecutor, ahead: int):
+    def __init__(
+        self,
+        samples: list[Sample],
+        max_corrupt: float,
+        pool: ThreadPoolExecutor,
+        large: ThreadPoolExecutor,
+        ahead: int,
+    ):
         self.samples, self.corrupt, self.pool = samples, list[int](), pool
-        self._max_corrupt, self._ahead = max_corrupt, ahead
+        self._max_corrupt, self._large, self._ahead = max_corrupt, large, ahead
 
     def read(self, start: int, name: str) -> Iterator[tuple[int, bytes]]:
         """``(index, bytes)`` in the order of the samples, from ``start`` on.
@@ -161,7 +165,7 @@ class _Reader:
         """Only so many images ahead that the workers have enough to do: the memory they take is bounded."""
         waiting: deque[Future] = deque()
         for sample in islice(self.samples, start, None):
-            waiting.append(self.pool.submit(_read_and_check, sample))
+            waiting.append(self.pool.submit(_read_and_check, sample, self._large))
             if len(waiting) > self._ahead:
                 yield waiting.popleft().result()
         while waiting:
@@ -173,17 +177,21 @@ class _Reader:
         return [index for index in range(len(self.samples)) if index not in corrupt]
 
 
-def _read_and_check(sample: Sample) -> tuple[bytes, CorruptImage | None]:
+def _read_and_check(sample: Sample, large: ThreadPoolExecutor) -> tuple[bytes, CorruptImage | None]:
     try:
         data = sample.path.read_bytes()
     except OSError as error:
         raise _unreadable(sample, error) from None
+    # A thread of their own, not a lock: what one has freed, its allocator keeps for the same thread.
+    return data, large.submit(_fault, data).result() if _is_large(data) else _fault(data)
+
+
+def _fault(data: bytes) -> CorruptImage | None:
     try:
-        with _one_large if _is_large(data) else contextlib.nullcontext():
-            decode(data)
+        decode(data)
     except CorruptImage as fault:
-        return data, fault
-    return data, None
+        return fault
+    return None
 
 
 def _is_large(data: bytes) -> bool:
