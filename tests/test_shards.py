@@ -14,10 +14,11 @@ from PIL import Image
 from safetensors.numpy import load_file, save
 
 from ufo_ds import shards as command
+from ufo_ds.data import shards
 from ufo_ds.data.evaluation_set import EvaluationSet
 from ufo_ds.data.layouts import Layout, Pair, Sample, read_csv, read_folder
 from ufo_ds.data.shard_writer import write
-from ufo_ds.data.shards import MAX_OPEN, ShardSet, verify
+from ufo_ds.data.shards import ShardSet, verify
 from ufo_ds.errors import UserError
 
 
@@ -242,14 +243,15 @@ def test_every_process_reads_for_itself(written: ShardSet) -> None:
             assert pool.map(written.read, range(len(written))) == expected
 
 
-def test_more_shards_than_a_process_may_open(folder: Path, tmp_path: Path) -> None:
+def test_more_shards_than_a_process_may_open(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "MAX_OPEN", 10)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    layout = Layout([Sample(path, "any") for path in files] * (2 * MAX_OPEN // 9))
+    layout = Layout([Sample(path, "any") for path in files] * 3)
     shard_set = write(layout, tmp_path / "out", source="test", shard_size=1)
     before = len(list(Path("/proc/self/fd").iterdir()))
-    for index in [*range(len(shard_set)), *range(0, len(shard_set), 7)]:
+    for index in [*range(27), *range(0, 27, 7)]:
         assert shard_set.read(index) == files[index % 9].read_bytes()
-    assert len(list(Path("/proc/self/fd").iterdir())) == before + MAX_OPEN
+    assert len(list(Path("/proc/self/fd").iterdir())) == before + 10
     del shard_set
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 

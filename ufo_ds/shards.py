@@ -4,8 +4,12 @@ import argparse
 import inspect
 import json
 import os
+import sys
+import warnings
 from pathlib import Path
 from typing import NoReturn
+
+from PIL import Image
 
 from ufo_ds.data import open_small, shard_writer
 from ufo_ds.data.layouts import READERS, Layout
@@ -19,6 +23,7 @@ EXAMPLES = """examples:
   ufo shards open_small ~/data data_shards/open_small
   ufo shards verify data_shards/clothing-train
 """
+UNKNOWN = "unknown"  # licence
 RAW = argparse.RawDescriptionHelpFormatter
 COUNTS = ("samples", "classes", "cameras", "shards", "pairs", "dropped_pairs", "corrupt")
 
@@ -35,11 +40,16 @@ def main(argv: list[str] | None = None) -> None:
         UserError: wrong arguments, input that cannot be used, or shards with a fault.
     """
     arguments = _parser().parse_args(argv)
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # what is too large raises
     if arguments.layout == "verify":
         verify(arguments.directory)
         written, verdict = [ShardSet.open(arguments.directory)], "verified"
     else:
-        written, verdict = _make(arguments), "written"
+        try:
+            written, verdict = _make(arguments), "written"
+        except KeyboardInterrupt:
+            print("stopped: the same command goes on after the last whole shard", file=sys.stderr)
+            raise SystemExit(130) from None  # as a shell has it for Ctrl-C
     summaries = [_summary(shard_set) for shard_set in written]
     if arguments.json:
         print(json.dumps(summaries if len(summaries) > 1 else summaries[0]))
@@ -49,13 +59,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def _make(arguments: argparse.Namespace) -> list[ShardSet]:
     if arguments.layout == "open_small":
-        return open_small.make(arguments.source, arguments.out)
+        return open_small.make(arguments.source, arguments.out, workers=arguments.workers)
+    if arguments.licence == UNKNOWN:
+        print("the licence of the images is noted as unknown: give it with --licence", file=sys.stderr)
     options = {
         "source": str(arguments.source),
         "licence": arguments.licence,
         "shard_size": arguments.shard_size,
         "max_corrupt": arguments.max_corrupt,
-        "workers": len(os.sched_getaffinity(0)),
+        "workers": arguments.workers,
     }
     read = READERS[arguments.layout](arguments.source)
     if isinstance(read, Layout):
@@ -99,21 +111,29 @@ def _parser() -> argparse.ArgumentParser:
         )
         maker.add_argument("source", metavar="SOURCE", type=Path, help="file or directory of the data set")
         maker.add_argument("out", metavar="OUT", type=Path, help="directory to make")
-        maker.add_argument("--licence", default="unknown", help="of the images, for the manifest")
+        maker.add_argument("--licence", default=UNKNOWN, help="of the images, for the manifest")
         maker.add_argument("--shard_size", type=int, default=10_000, help="samples per shard (default 10000)")
         maker.add_argument("--max_corrupt", type=float, default=0.0, help="share of images that may be left out (0)")
-        maker.add_argument("--json", action="store_true", help="print JSON")
+        _add_common(maker)
     six = verbs.add_parser(
         "open_small", help="shards of six small public data sets", epilog=EXAMPLES, formatter_class=RAW,
         description=open_small.__doc__,
     )  # fmt: skip
     six.add_argument("source", metavar="SOURCE", type=Path, help=f"holds {', '.join(open_small.ORIGINS)}")
     six.add_argument("out", metavar="OUT", type=Path, help="directory to make: OUT/test and OUT/val")
-    six.add_argument("--json", action="store_true", help="print JSON")
+    _add_common(six)
     verifier = verbs.add_parser("verify", help="check shards completely", epilog=EXAMPLES, formatter_class=RAW)
     verifier.add_argument("directory", metavar="DIR", type=Path)
     verifier.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def _add_common(maker: argparse.ArgumentParser) -> None:
+    cores = len(os.sched_getaffinity(0))
+    maker.add_argument(
+        "--workers", type=int, default=cores, help=f"threads that read and decode (default: the {cores} cores at hand)"
+    )
+    maker.add_argument("--json", action="store_true", help="print JSON")
 
 
 if __name__ == "__main__":

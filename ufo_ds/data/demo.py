@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from ufo_ds.data import shard_writer
 from ufo_ds.data.layouts import Layout, Pair, Sample
+from ufo_ds.data.shard_writer import Part, write_sets
 from ufo_ds.errors import UserError
 from ufo_ds.seeding import numpy_generator
 
@@ -57,17 +57,17 @@ def make(directory: Path) -> None:
     """
     if directory.exists():
         raise UserError(f"{directory} exists: remove it to make the demo's shards anew")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as temporary:
-        images, out = Path(temporary, "images"), Path(temporary, "shards")
-        for name, layout in _digits(images / "digits").items():
-            shard_writer.write(
-                layout, out / "digits" / name, source="sklearn.datasets.load_digits", licence=DIGITS_LICENCE
-            )
-        for name, layout in _glyphs(images / "glyphs").items():
-            source = f"fonts of matplotlib {matplotlib.__version__}"
-            shard_writer.write(layout, out / "glyphs" / name, source=source, licence=GLYPHS_LICENCE)
-        out.rename(directory)
+    with tempfile.TemporaryDirectory() as images:
+        parts = {
+            f"digits/{name}": Part(layout, "sklearn.datasets.load_digits", DIGITS_LICENCE)
+            for name, layout in _digits(Path(images, "digits")).items()
+        }
+        fonts = f"fonts of matplotlib {matplotlib.__version__}"
+        parts |= {
+            f"glyphs/{name}": Part(layout, fonts, GLYPHS_LICENCE)
+            for name, layout in _glyphs(Path(images, "glyphs")).items()
+        }
+        write_sets(parts, directory)
 
 
 def _digits(folder: Path) -> dict[str, Layout]:

@@ -68,10 +68,15 @@ _FACES_VAL, _FACE_QUERIES, _FACE_FOLDS = 5, 3, 10  # persons; images per person;
 _PUPILS_VAL = 0.2  # share of the pupils
 
 
-def make(source: Path, out: Path) -> list[ShardSet]:
+def make(source: Path, out: Path, *, workers: int = 1) -> list[ShardSet]:
     """Write the shards of all six sets, ``out/{test,val}/SET/{train,query,gallery,pairs,test}``.
 
-    The same source gives the same bytes. ``out`` appears as a whole or not at all.
+    The same source gives the same bytes. ``out`` appears as a whole or not at all; an interrupted run can go on.
+
+    Args:
+        source: holds the folders of the sets.
+        out: a directory that does not exist yet.
+        workers: threads that read and decode.
 
     Returns:
         The shard sets, in the order in which they were written.
@@ -83,17 +88,15 @@ def make(source: Path, out: Path) -> list[ShardSet]:
     for name in ORIGINS:
         if not (source / name).is_dir():
             raise UserError(f"{source} has no folder {name}: it needs {', '.join(ORIGINS)}")
-    written = []
-    with shard_writer.complete_or_nothing(out) as directory:
-        for name, (origin, licence) in ORIGINS.items():
-            for stage, layouts in _splits(name, source / name).items():
-                for part, layout in layouts.items():
-                    place = Path(stage, name, part)
-                    if not layout.samples:
-                        raise UserError(f"{source / name} has no image for {place}: is it the data set of this name?")
-                    shard_writer.write(layout, directory / place, source=origin, licence=licence)
-                    written.append(place)
-    return [ShardSet.open(out / place) for place in written]
+    parts = {}
+    for name, (origin, licence) in ORIGINS.items():
+        for stage, layouts in _splits(name, source / name).items():
+            for part, layout in layouts.items():
+                place = f"{stage}/{name}/{part}"
+                if not layout.samples:
+                    raise UserError(f"{source / name} has no image for {place}: is it the data set of this name?")
+                parts[place] = shard_writer.Part(layout, origin, licence)
+    return shard_writer.write_sets(parts, out, workers=workers)
 
 
 def _splits(name: str, folder: Path) -> Splits:
