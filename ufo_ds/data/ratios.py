@@ -65,7 +65,7 @@ def largest_remainder(total: int, weights: Sequence[float]) -> list[int]:
     What would be less than 1 is 1; the others share what is left. Their parts are rounded down, and those that lost
     most, the first among equals, get one more. ``total`` is at least the number of weights.
     """
-    exact = [Fraction(weight) for weight in weights]
+    exact = [Fraction(str(weight)) for weight in weights]  # 2.2 is 11 / 5, as whoever wrote it meant
     counts, left, rest = [1] * len(exact), total, list(range(len(exact)))
     while True:
         scale = left / sum(exact[i] for i in rest)

@@ -49,22 +49,22 @@ def split_table(
 
 
 def _readers(samples: Sequence[int]) -> str:
-    """Samples that each rank reads in a step -> "rank 0, 2: 16 each"."""
+    """Samples that each rank reads in a step -> "ranks 0, 2: 16 each"."""
     ranks = [rank for rank, count in enumerate(samples) if count]
     counts = sorted({samples[rank] for rank in ranks})
     number = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"rank {_ranks(ranks)}: {number}" + (" each" if len(ranks) > 1 else "")
+    return f"{_ranks(ranks)}: {number}" + (" each" if len(ranks) > 1 else "")
 
 
 def _ranks(ranks: Sequence[int]) -> str:
-    """Ranks at equal distances shortly: "3", "0-7", "1, 5 .. 29"; others by their number."""
+    """Short where they are at equal distances: "ranks 0-7", "ranks 1, 5 .. 29"; else their number: "6 ranks of 2-14"."""
     first, last = ranks[0], ranks[-1]
     if len(ranks) <= 2:
-        return ", ".join(map(str, ranks))
+        return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
     stride = ranks[1] - first
     if list(ranks) != list(range(first, last + 1, stride)):
-        return f"{len(ranks)} of {first}-{last}"
-    return f"{first}-{last}" if stride == 1 else f"{first}, {ranks[1]} .. {last}"
+        return f"{len(ranks)} ranks of {first}-{last}"
+    return f"ranks {first}-{last}" if stride == 1 else f"ranks {first}, {ranks[1]} .. {last}"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
