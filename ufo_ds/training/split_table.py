@@ -57,7 +57,7 @@ def _readers(samples: Sequence[int]) -> str:
 
 
 def _ranks(ranks: Sequence[int]) -> str:
-    """Short where they are at equal distances: "ranks 0-7", "ranks 1, 5 .. 29"; else their number: "6 ranks of 2-14"."""
+    """Short if at equal distances: "ranks 0-7", "ranks 1, 5 .. 29"; else by their number: "6 ranks of 2-14"."""
     first, last = ranks[0], ranks[-1]
     if len(ranks) <= 2:
         return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
