@@ -142,6 +142,13 @@ class Data:
     cache: bool = False
     # "isomorphic": each step trains one task alone, the tasks in turn; the losses of the others are 0 in that step.
     batches: Literal["heterogeneous", "isomorphic"] = "heterogeneous"
+    # Samples of all tasks in a step, where tasks have none of their own: split by their `share`, or by `temperature`.
+    samples_per_step: Positive | None = None
+    # T: samples go with (images of the task) ** (1 / T): 1 is in proportion, larger is more even.
+    temperature: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    # Without PK sampling: the samples of so many shards, drawn anew each epoch, are mixed before the next ones come.
+    # For sets larger than the local cache, which needs room for twice as many to fetch them ahead. Default: all.
+    shuffle_shards: Positive | None = None
     # Loader processes start anew with every phase of it, and `cache` with them.
     balance: Balance | None = None
 
@@ -253,6 +260,30 @@ class Recipe:
                 if isinstance(route, list) and len(route) != number_of_routes(unit, self.model.backbone.depth):
                     raise ValueError(f"{task.name}: {len(route)} routes of {unit!r} for "
                                      f"{number_of_routes(unit, self.model.backbone.depth)} layers")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _counted_in_one_way(self) -> "Recipe":
+        total, temperature = self.data.samples_per_step, self.data.temperature
+        ways: dict[str, str] = {}  # how samples are counted -> where it says so
+        if temperature is not None:
+            ways["temperature"] = f"data.temperature {temperature}"
+        for task in self.tasks:
+            if task.samples_per_step:
+                ways["own"] = f"samples_per_step {task.samples_per_step} of {task.name}"
+            if task.share is not None:
+                ways["share"] = f"share {task.share} of {task.name}"
+        if len(ways) > 1:
+            raise ValueError(f"{' and '.join(ways.values())} exclude each other: keep one way to count samples")
+        for task in self.tasks:
+            if temperature is None and not task.samples_per_step and task.share is None:
+                missing = "share" if "share" in ways else "samples_per_step"
+                raise ValueError(f"{task.name}: {missing} is missing: add it, or set data.temperature for all tasks")
+        if total is None and "own" not in ways:
+            raise ValueError(f"{', '.join(ways.values())} needs data.samples_per_step, the total of a step: add it")
+        if total is not None and "own" in ways:
+            raise ValueError(f"data.samples_per_step {total} is a total to be split, but there is {ways['own']}: "
+                             "remove one of them")  # fmt: skip
         return self
 
 

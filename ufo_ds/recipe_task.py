@@ -155,10 +155,13 @@ class Task:
     head: Head
     loss: Loss
     input: Size
-    samples_per_step: Positive
+    samples_per_step: Annotated[int, Field(ge=0)] = 0  # 0: follows from `share` or `data.temperature`
+    # Relative weight with which the task gets its part of data.samples_per_step; see ``ufo_ds.data.ratios``.
+    share: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     train: list[TrainSet] = dataclasses.field(default_factory=list)
     num_classes: Positive | None = None  # of the images, before quarter_turns; default: counted in the shards
     identities_per_step: Positive | None = None  # PK sampling: P identities of samples_per_step / P images each
+    images_per_identity: Annotated[int, Field(ge=2)] | None = None  # the same with `share` or `data.temperature`: K
     weight: float = 1.0
     lr_scale: Annotated[float, Field(ge=0)] = 1.0  # of the task's own copies and head
     routes: dict[Unit, Route | list[Route]] = dataclasses.field(default_factory=dict)  # over model.routes
@@ -175,7 +178,17 @@ class Task:
 
     @model_validator(mode="after")
     def _consistent(self) -> "Task":
-        p, n = self.identities_per_step, self.samples_per_step
+        p, k, n = self.identities_per_step, self.images_per_identity, self.samples_per_step
+        if p and not n:
+            raise ValueError(
+                f"{self.name}: identities_per_step {p} goes with samples_per_step; with a share or data.temperature "
+                f"give images_per_identity"
+            )
+        if k and n:
+            raise ValueError(
+                f"{self.name}: images_per_identity {k} goes with a share or data.temperature; with samples_per_step "
+                f"{n} give identities_per_step"
+            )
         if p and n < 2 * p:
             raise ValueError(
                 f"{self.name}: samples_per_step {n} is smaller than P x K = {p} x 2; raise samples_per_step or lower "
@@ -183,8 +196,10 @@ class Task:
             )
         if p and n % p:
             raise ValueError(f"{self.name}: samples_per_step {n} is not a multiple of identities_per_step {p}")
-        if self.loss.triplet and not p:
-            raise ValueError(f"{self.name}: triplet needs identities_per_step (PK sampling)")
+        if self.loss.triplet and not (p or k):
+            raise ValueError(
+                f"{self.name}: triplet needs PK sampling: {'identities_per_step' if n else 'images_per_identity'}"
+            )
         return self
 
     @model_validator(mode="after")

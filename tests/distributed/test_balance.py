@@ -85,3 +85,22 @@ def test_go_on_within_and_between_phases(last, recipe, run, tmp_path):
     ]
     assert memories[0] == memories[1]
     assert memories[2] == memories[3]
+
+
+def test_go_on_on_one_rank(recipe, run, tmp_path):
+    """From within the third phase with half the ranks: the rest of it and the fourth hold each task as often, and the
+    rates of the fourth follow from the losses of all of the third, of which one rank now goes on with both parts."""
+    other = tmp_path / "run"
+    (other / "checkpoints").mkdir(parents=True)
+    shutil.copytree(*(path / "checkpoints" / checkpoint.name_of(16) for path in (run, other)))
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (other / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= 16))
+    assert "going on from step 16" in train(1, recipe, other, *BALANCE, "--data.workers", "2")
+    found, wanted = (
+        [line for line in recorded(path) if line["kind"] == "balance" and line["step"] == 19] for path in (other, run)
+    )
+    assert found[0]["rates"] == wanted[0]["rates"]
+    assert found[0]["slowness"] == pytest.approx(wanted[0]["slowness"], rel=1e-4)
+    for task in TASKS:
+        assert [loss > 0 for loss in losses(other)[task]] == [loss > 0 for loss in losses(run)[task]]
+        assert losses(other)[task] == pytest.approx(losses(run)[task], rel=1e-3)

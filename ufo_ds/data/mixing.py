@@ -99,20 +99,28 @@ class Batches(Dataset[Batch]):
         self.sources, self.positions, self.accumulation, self.task_steps = sources, positions, accumulation, task_steps
 
     def __getitem__(self, i: int) -> Batch:
+        tasks: dict[str, TaskBatch] = {}
+        skipped: dict[str, list[int]] = {}
+        for name, (positions, draws, global_count) in self.draws(i).items():
+            images, labels, skipped[name] = _load(self.sources[name], draws)
+            tasks[name] = TaskBatch(images, labels, positions, global_count)
+        return Batch(*divmod(i, self.accumulation), tasks, skipped)
+
+    def draws(self, i: int) -> dict[str, tuple[range, list[int], int]]:
+        """What this rank reads of a micro-batch, by task: positions in its global micro-batch, their draw indices, and
+        the samples of the global micro-batch."""
         step, micro_step = divmod(i, self.accumulation)
         own_steps = {name: self.task_steps(step, name) for name in self.sources}
         sizes = {name: source.task.samples_per_step // self.accumulation for name, source in self.sources.items()}
         counts = {name: len(own_steps[name]) * sizes[name] for name in self.sources}
-        tasks: dict[str, TaskBatch] = {}
-        skipped: dict[str, list[int]] = {}
+        found = {}
         for name, positions in self.positions(counts).items():
             draws = []
             for position in positions:
                 nth, place = divmod(position, sizes[name])
                 draws.append((own_steps[name][nth] * self.accumulation + micro_step) * sizes[name] + place)
-            images, labels, skipped[name] = _load(self.sources[name], draws)
-            tasks[name] = TaskBatch(images, labels, positions, counts[name])
-        return Batch(step, micro_step, tasks, skipped)
+            found[name] = (positions, draws, counts[name])
+        return found
 
 
 def _load(source: TrainSource, draws: Sequence[int]) -> tuple[Tensor, Tensor, list[int]]:

@@ -127,6 +127,11 @@ class ShardSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Samples of each shard, in the order of the samples."""
+        return [entry.samples for entry in self.manifest.shards]
+
     def read(self, index: int) -> bytes:
         """The bytes of an image as they were in its original file.
 

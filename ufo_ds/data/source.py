@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ufo_ds.data.augmentation import augmented
-from ufo_ds.data.sampling import EpochOrder, PKOrder
+from ufo_ds.data.sampling import EpochOrder, PKOrder, WindowOrder
 from ufo_ds.data.shards import ShardSet
 from ufo_ds.data.transforms import CorruptImage, channels_first, evaluation_transform, resized_pixels
 from ufo_ds.errors import UserError
@@ -19,6 +19,7 @@ class TrainSource:
 
     Args:
         cache: keep every image, once decoded and resized, in this process.
+        shuffle_shards: without PK sampling, the samples of so many shards are mixed; None: of all.
 
     Attributes:
         task: of the recipe.
@@ -27,9 +28,12 @@ class TrainSource:
         num_classes: outputs of the head, at least ``len(classes)``.
         labels: int64 [N], of the images as they are, over all sets.
         licences: of the sets, each once.
+        shards: number of shards of all sets.
     """
 
-    def __init__(self, task: Task, seed: int, sets: list[ShardSet], cache: bool = False):
+    def __init__(
+        self, task: Task, seed: int, sets: list[ShardSet], cache: bool = False, shuffle_shards: int | None = None
+    ):
         self.task, self.seed = task, seed
         names, labels = _join_labels(task, sets)
         _check_range(task, task.num_classes or len(names), names, sets, labels)
@@ -43,10 +47,14 @@ class TrainSource:
         self._starts = np.cumsum([0] + [len(shards) for shards in sets])
         self._by_label = np.argsort(self.labels, kind="stable")
         self._cache: dict[int, np.ndarray] | None = {} if cache else None
-        self._order: EpochOrder | PKOrder  # over turn x image, the images of one turn after another
+        sizes = [size for shards in sets for size in shards.shard_sizes]
+        self.shards = len(sizes)
+        self._order: EpochOrder | WindowOrder | PKOrder  # over turn x image, the images of one turn after another
         if task.identities_per_step:
             turned = np.concatenate([self.labels + turn * len(names) for turn in range(turns)])
             self._order = PKOrder(turned, task.samples_per_step, task.identities_per_step, seed, task.name)
+        elif shuffle_shards is not None:  # a shard is one for each turn of its images
+            self._order = WindowOrder(sizes * turns, shuffle_shards, seed, task.name)
         else:
             self._order = EpochOrder(turns * len(self.labels), seed, task.name)
 
@@ -57,13 +65,16 @@ class TrainSource:
         Raises:
             UserError: no train set, shards that cannot be opened, a label beyond ``num_classes``, too few identities.
         """
-        if not task.train:
-            raise UserError(f"task {task.name} has no train set: list shards under tasks.{task.name}.train")
-        return cls(task, seed, [ShardSet.open(entry.shards) for entry in task.train], cache)
+        return cls(task, seed, open_sets(task), cache)
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self.labels)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps of the task in which every sample comes once; with PK sampling every identity but a remainder."""
+        return self._order.size / self.task.samples_per_step
 
     def index(self, draw: int) -> int:
         """The sample of a draw, ``turns * len(self) + image``; draws count from the start, over all ranks."""
@@ -122,6 +133,17 @@ class TrainSource:
         for other in range(index + 1, index + len(self)):
             if self.labels[other % len(self)] != label:
                 yield other % len(self)
+
+
+def open_sets(task: Task) -> list[ShardSet]:
+    """Open the shards of ``task.train``.
+
+    Raises:
+        UserError: no train set, shards that cannot be opened.
+    """
+    if not task.train:
+        raise UserError(f"task {task.name} has no train set: list shards under tasks.{task.name}.train")
+    return [ShardSet.open(entry.shards) for entry in task.train]
 
 
 def _join_labels(task: Task, sets: list[ShardSet]) -> tuple[list[str], list[np.ndarray]]:

@@ -83,7 +83,7 @@ def resolve(values: dict[str, Any], source: str, recipe: Recipe, world_size: int
                     f"{source}: gradient_accumulation_steps {accumulation} does not divide {key} "
                     f"{getattr(task, key)} of task {task.name}: change one of them"
                 )
-    samples = sum(task.samples_per_step for task in recipe.tasks)
+    samples = recipe.data.samples_per_step or sum(task.samples_per_step for task in recipe.tasks)
     agree("train_batch_size", take(values, "train_batch_size", samples), samples, "the recipe's samples per step")
     per_rank = samples / (accumulation * world_size)
     agree(

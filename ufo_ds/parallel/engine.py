@@ -118,8 +118,12 @@ class Engine:
     @property
     def reads(self) -> Positions:
         """What this rank's loader reads; only the aligned exchange can do with other numbers than ``samples``."""
+        return self.reads_of(self.rank)
+
+    def reads_of(self, rank: int) -> Positions:
+        """What the loader of any rank reads."""
         placement = self.placement
-        return partial(placement.owned if self.config.exchange == "aligned" else placement.read_evenly, self.rank)
+        return partial(placement.owned if self.config.exchange == "aligned" else placement.read_evenly, rank)
 
     def positions(self) -> dict[str, range]:
         """The positions that this rank's loader reads of a micro-batch with the recipe's samples of every task."""

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ufo_ds.data.source import TrainSource
+from ufo_ds.data.ratios import with_counts
+from ufo_ds.data.source import TrainSource, open_sets
 from ufo_ds.errors import UserError
 from ufo_ds.evaluation import benchmarks
 from ufo_ds.parallel import checkpoint
@@ -16,6 +17,7 @@ from ufo_ds.parallel.launch import finish_distributed, init_distributed, is_lost
 from ufo_ds.recipe import Recipe
 from ufo_ds.training.loop import Trainer
 from ufo_ds.training.run_directory import RunDirectory, resume_from
+from ufo_ds.training.split_table import split_table
 
 
 def train(recipe: Recipe, config: DistributedConfig, run_dir: Path) -> dict[str, float]:
@@ -28,9 +30,14 @@ def train(recipe: Recipe, config: DistributedConfig, run_dir: Path) -> dict[str,
     if world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # ranks that share cores and each take all of them are many times slower
     try:
-        last = resume_from(run_dir, recipe)
         _make_demo_shards(recipe, rank)
-        sources = {task.name: TrainSource.open(task, recipe.seed, recipe.data.cache) for task in recipe.tasks}
+        sets = {task.name: open_sets(task) for task in recipe.tasks}
+        recipe = with_counts(recipe, {name: sum(map(len, own)) for name, own in sets.items()}, config.accumulation)
+        last = resume_from(run_dir, recipe)
+        sources = {
+            task.name: TrainSource(task, recipe.seed, sets[task.name], recipe.data.cache, recipe.data.shuffle_shards)
+            for task in recipe.tasks
+        }
         images = benchmarks.open_images(recipe)
         benchmarks.check(recipe, images, {name: source.classes for name, source in sources.items()})
         num_classes = {name: source.num_classes for name, source in sources.items()}
@@ -44,7 +51,7 @@ def train(recipe: Recipe, config: DistributedConfig, run_dir: Path) -> dict[str,
         loaded = checkpoint.load(engine, last) if last is not None else None
         start, metrics, balance = (loaded.step, loaded.metrics, loaded.balance) if loaded is not None else (0, {}, {})
         if rank == 0:
-            _announce(engine, run_dir, start)
+            _announce(engine, sources, run_dir, start)
         trainer = Trainer(engine, sources, images, directory, run_dir / "checkpoints", metrics, balance)
         metrics = trainer.train(start)
         if directory is not None:
@@ -91,15 +98,15 @@ def _open(run_dir: Path, recipe: Recipe, config: DistributedConfig, engine: Engi
     return directory
 
 
-def _announce(engine: Engine, run_dir: Path, start: int) -> None:
-    model, placement, config = engine.model, engine.placement, engine.config
+def _announce(engine: Engine, sources: dict[str, TrainSource], run_dir: Path, start: int) -> None:
+    placement, config, recipe = engine.placement, engine.config, engine.recipe
     where = f"going on from step {start}" if start else "starting"
-    print(f"{engine.recipe.name}: {where} in {run_dir}, {engine.recipe.schedule.steps} steps, device {engine.device}")
+    print(f"{recipe.name}: {where} in {run_dir}, {recipe.schedule.steps} steps, device {engine.device}")
     print(
         f"{engine.world_size} ranks, expert parallel {placement.ep_size} x data parallel {placement.replicas}, "
         f"ZeRO-{config.stage}, {config.precision}, exchange {config.exchange}, "
-        f"{len(model.recipe.tasks)} tasks"
+        f"gradient accumulation {config.accumulation}"
     )
-    for e, tasks in enumerate(placement.tasks_of):
-        samples = ", ".join(f"{task} ({engine.samples[task]} samples)" for task in tasks) or "no task"
-        print(f"  expert-parallel rank {e}: {samples}", flush=True)
+    reads = [engine.reads_of(rank)(engine.samples) for rank in range(engine.world_size)]
+    for line in split_table(sources, placement, reads, config.accumulation, recipe.data.workers):
+        print(f"  {line}", flush=True)
