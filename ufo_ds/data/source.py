@@ -6,9 +6,10 @@ import numpy as np
 
 from ufo_ds.data.augmentation import augmented
 from ufo_ds.data.sampling import EpochOrder, PKOrder
-from ufo_ds.data.shards import ShardSet
+from ufo_ds.data.shards import DEFAULT_CACHE, ShardSet
 from ufo_ds.data.transforms import CorruptImage, channels_first, evaluation_transform, resized_pixels
 from ufo_ds.errors import UserError
+from ufo_ds.recipe import ShardCache
 from ufo_ds.recipe_task import Task
 from ufo_ds.seeding import numpy_generator
 
@@ -51,7 +52,7 @@ class TrainSource:
             self._order = EpochOrder(turns * len(self.labels), seed, task.name)
 
     @classmethod
-    def open(cls, task: Task, seed: int, cache: bool = False) -> "TrainSource":
+    def open(cls, task: Task, seed: int, cache: bool = False, shard_cache: ShardCache = DEFAULT_CACHE) -> "TrainSource":
         """Open the shards of ``task.train``.
 
         Raises:
@@ -59,7 +60,7 @@ class TrainSource:
         """
         if not task.train:
             raise UserError(f"task {task.name} has no train set: list shards under tasks.{task.name}.train")
-        return cls(task, seed, [ShardSet.open(entry.shards) for entry in task.train], cache)
+        return cls(task, seed, [ShardSet.open(entry.shards, shard_cache) for entry in task.train], cache)
 
     def __len__(self) -> int:
         """Number of images."""
@@ -142,6 +143,6 @@ def _check_range(
         largest = int(of_set.max())
         if largest >= num_classes:
             raise UserError(
-                f"task {task.name}: label out of range: {largest} ({classes[largest]!r}) in {shards.directory}, but "
+                f"task {task.name}: label out of range: {largest} ({classes[largest]!r}) in {shards.name}, but "
                 f"num_classes is {num_classes}: raise it to {len(classes)} or leave it out"
             )

@@ -30,7 +30,10 @@ def train(recipe: Recipe, config: DistributedConfig, run_dir: Path) -> dict[str,
     try:
         last = resume_from(run_dir, recipe)
         _make_demo_shards(recipe, rank)
-        sources = {task.name: TrainSource.open(task, recipe.seed, recipe.data.cache) for task in recipe.tasks}
+        sources = {
+            task.name: TrainSource.open(task, recipe.seed, recipe.data.cache, recipe.data.shard_cache)
+            for task in recipe.tasks
+        }
         images = benchmarks.open_images(recipe)
         benchmarks.check(recipe, images, {name: source.classes for name, source in sources.items()})
         num_classes = {name: source.num_classes for name, source in sources.items()}
