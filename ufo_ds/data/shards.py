@@ -196,7 +196,8 @@ def _check_room(name: str, sizes: list[int], store: Store) -> None:
     if sum(sizes) > store.bound and os.environ.get("RANK", "0") == "0":
         print(
             f"{name}: its {sum(sizes) / 2**30:.1f} GiB are more than the shard cache in {store.directory} holds, "
-            f"{store.bound / 2**30:.1f} GiB (data.shard_cache.gib): unless few are read at a time, shards are fetched again and again",
+            f"{store.bound / 2**30:.1f} GiB (data.shard_cache.gib): unless few are read at a time, they are fetched "
+            f"again and again",
             file=sys.stderr,
             flush=True,
         )
