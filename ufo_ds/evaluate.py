@@ -92,7 +92,7 @@ def pixel_floor(recipe: Recipe) -> dict[str, Outcomes]:
         features = pixel_features(np.stack([images.load(i) for i in range(len(images))]))
         scores, classes = np.zeros((len(features), 1), dtype=np.float32), [""]
         if task.head.type == "linear":
-            source = TrainSource.open(task, recipe.seed)
+            source = TrainSource.open(task, recipe.seed, shard_cache=recipe.data.shard_cache)
             train = pixel_features(np.stack([source.pixels(i) for i in range(len(source))]))
             classes = source.classes
             scores = nearest_neighbour_scores(features, train, source.labels, len(classes))

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from ufo_ds import checkpoint
+from ufo_ds.data.shard_specs import is_here
 from ufo_ds.data.shards import ShardSet
 from ufo_ds.errors import UserError
 from ufo_ds.model.loading import spec_of
@@ -63,8 +64,8 @@ def _images(recipe: Recipe, task: str, files: list[Path] | None, count: int = 32
     found = next(t for t in recipe.tasks if t.name == task)
     directories = [d for b in found.benchmarks for d in (b.shards, b.gallery) if d] + [s.shards for s in found.train]
     for directory in directories:
-        if Path(directory).is_dir():
-            shards = ShardSet.open(directory)
+        if is_here(directory):
+            shards = ShardSet.open(directory, recipe.data.shard_cache)
             step = max(1, len(shards) // count)
             return [shards.read(index) for index in range(0, len(shards), step)][:count]
     raise UserError(f"--verify needs images: none of {', '.join(directories) or 'no shards'} is here; give --images")

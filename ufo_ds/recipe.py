@@ -133,6 +133,15 @@ class Balance:
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
+class ShardCache:
+    """Where shards from http(s):// and pipe: are kept once fetched, and what is known of tars without a manifest; one
+    directory for all processes of a machine, best on a disk of its own."""
+
+    directory: str | None = None  # default: the environment variable UFO_CACHE, else ~/.cache/ufo_ds
+    gib: Annotated[float, Field(gt=0)] = 50.0  # of shards at most; those least recently used make room
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
 class Data:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of pixel values in 0..1, per channel
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -140,6 +149,7 @@ class Data:
     max_corrupt: Share = 0.001  # share of a task's images that may be unreadable before training stops
     # Keep every training image once decoded and resized: height x width x 3 bytes each, in each loader process.
     cache: bool = False
+    shard_cache: ShardCache = dataclasses.field(default_factory=ShardCache)
     # "isomorphic": each step trains one task alone, the tasks in turn; the losses of the others are 0 in that step.
     batches: Literal["heterogeneous", "isomorphic"] = "heterogeneous"
     # Samples of all tasks in a step, where tasks have none of their own: split by their `share`, or by `temperature`.

@@ -90,7 +90,7 @@ class Loss:
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
 class TrainSet:
-    shards: str  # a directory made by `ufo shards`
+    shards: str  # a directory made by `ufo shards`, or tars, here or elsewhere: see ``ufo_ds.data.shard_specs``
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
@@ -131,7 +131,8 @@ class Augment:
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
 class Benchmark:
-    """Classification and verification read ``shards``; retrieval reads ``query`` and ``gallery``."""
+    """Classification and verification read ``shards``; retrieval reads ``query`` and ``gallery``. Each is of the forms
+    that a train set has."""
 
     name: str
     protocol: Literal["classification", "retrieval", "verification"]

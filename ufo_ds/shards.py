@@ -22,6 +22,7 @@ EXAMPLES = """examples:
   ufo shards market1501 data/Market-1501-v15.09.15 data_shards/market1501
   ufo shards open_small ~/data data_shards/open_small
   ufo shards verify data_shards/clothing-train
+  ufo shards verify 'https://host/train-{000..099}.tar'
 """
 UNKNOWN = "unknown"  # licence
 RAW = argparse.RawDescriptionHelpFormatter
@@ -83,7 +84,7 @@ def _line(summary: dict[str, str | int], verdict: str) -> str:
 def _summary(shard_set: ShardSet) -> dict[str, str | int]:
     manifest = shard_set.manifest
     summary: dict[str, str | int] = {
-        "directory": str(shard_set.directory),
+        "directory": shard_set.name,
         "samples": manifest.samples,
         "classes": len(manifest.classes),
         "cameras": len(manifest.cameras),
@@ -123,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     six.add_argument("out", metavar="OUT", type=Path, help="directory to make: OUT/test and OUT/val")
     _add_common(six)
     verifier = verbs.add_parser("verify", help="check shards completely", epilog=EXAMPLES, formatter_class=RAW)
-    verifier.add_argument("directory", metavar="DIR", type=Path)
+    verifier.add_argument("directory", metavar="SHARDS", help="a directory or tars, as a recipe names them")
     verifier.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ufo_ds.data.shards import ShardSet
+from ufo_ds.data.shards import DEFAULT_CACHE, ShardSet
 from ufo_ds.data.transforms import CorruptImage, evaluation_transform
 from ufo_ds.errors import UserError
+from ufo_ds.recipe import ShardCache
 
 
 class EvaluationSet:
@@ -27,9 +28,9 @@ class EvaluationSet:
         self.pairs = shards.pairs
 
     @classmethod
-    def open(cls, directory: str | Path) -> "EvaluationSet":
+    def open(cls, spec: str | Path, shard_cache: ShardCache = DEFAULT_CACHE) -> "EvaluationSet":
         """Open shards; for the errors see :meth:`ShardSet.open`."""
-        return cls(ShardSet.open(directory))
+        return cls(ShardSet.open(spec, shard_cache))
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -47,6 +48,6 @@ class EvaluationSet:
             return evaluation_transform(self._shards.read(index), input_hw)
         except CorruptImage as error:
             raise UserError(
-                f"image {index} of {self._shards.directory} ({self.label_names[index]}) cannot be read ({error}): "
-                f"make the shards again with `ufo shards`"
+                f"image {index} of {self._shards.name} ({self.label_names[index]}) cannot be read ({error}): "
+                f"check the shards with `ufo shards verify`"
             ) from None

@@ -6,9 +6,10 @@ import numpy as np
 
 from ufo_ds.data.augmentation import augmented
 from ufo_ds.data.sampling import EpochOrder, PKOrder, WindowOrder
-from ufo_ds.data.shards import ShardSet
+from ufo_ds.data.shards import DEFAULT_CACHE, ShardSet
 from ufo_ds.data.transforms import CorruptImage, channels_first, evaluation_transform, resized_pixels
 from ufo_ds.errors import UserError
+from ufo_ds.recipe import ShardCache
 from ufo_ds.recipe_task import Task
 from ufo_ds.seeding import numpy_generator
 
@@ -59,13 +60,13 @@ class TrainSource:
             self._order = EpochOrder(turns * len(self.labels), seed, task.name)
 
     @classmethod
-    def open(cls, task: Task, seed: int, cache: bool = False) -> "TrainSource":
+    def open(cls, task: Task, seed: int, cache: bool = False, shard_cache: ShardCache = DEFAULT_CACHE) -> "TrainSource":
         """Open the shards of ``task.train``.
 
         Raises:
             UserError: no train set, shards that cannot be opened, a label beyond ``num_classes``, too few identities.
         """
-        return cls(task, seed, open_sets(task), cache)
+        return cls(task, seed, open_sets(task, shard_cache), cache)
 
     def __len__(self) -> int:
         """Number of images."""
@@ -135,7 +136,7 @@ class TrainSource:
                 yield other % len(self)
 
 
-def open_sets(task: Task) -> list[ShardSet]:
+def open_sets(task: Task, cache: ShardCache = DEFAULT_CACHE) -> list[ShardSet]:
     """Open the shards of ``task.train``.
 
     Raises:
@@ -143,7 +144,7 @@ def open_sets(task: Task) -> list[ShardSet]:
     """
     if not task.train:
         raise UserError(f"task {task.name} has no train set: list shards under tasks.{task.name}.train")
-    return [ShardSet.open(entry.shards) for entry in task.train]
+    return [ShardSet.open(entry.shards, cache) for entry in task.train]
 
 
 def _join_labels(task: Task, sets: list[ShardSet]) -> tuple[list[str], list[np.ndarray]]:
@@ -164,6 +165,6 @@ def _check_range(
         largest = int(of_set.max())
         if largest >= num_classes:
             raise UserError(
-                f"task {task.name}: label out of range: {largest} ({classes[largest]!r}) in {shards.directory}, but "
+                f"task {task.name}: label out of range: {largest} ({classes[largest]!r}) in {shards.name}, but "
                 f"num_classes is {num_classes}: raise it to {len(classes)} or leave it out"
             )

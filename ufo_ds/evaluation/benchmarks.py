@@ -68,7 +68,7 @@ def open_images(recipe: Recipe) -> dict[str, TaskImages]:
                 if directory is None:
                     continue
                 if directory not in mine.sets:
-                    mine.sets[directory] = EvaluationSet.open(directory)
+                    mine.sets[directory] = EvaluationSet.open(directory, recipe.data.shard_cache)
                 for mirrored in (False, True) if benchmark.flip else (False,):
                     if (directory, mirrored) not in mine.starts:
                         mine.starts[directory, mirrored] = len(mine)

@@ -31,7 +31,7 @@ def train(recipe: Recipe, config: DistributedConfig, run_dir: Path) -> dict[str,
         torch.set_num_threads(1)  # ranks that share cores and each take all of them are many times slower
     try:
         _make_demo_shards(recipe, rank)
-        sets = {task.name: open_sets(task) for task in recipe.tasks}
+        sets = {task.name: open_sets(task, recipe.data.shard_cache) for task in recipe.tasks}
         recipe = with_counts(recipe, {name: sum(map(len, own)) for name, own in sets.items()}, config.accumulation)
         last = resume_from(run_dir, recipe)
         sources = {
