@@ -23,7 +23,7 @@ from typing import Any
 
 from ufo_ds import checkpoint, recipe_file
 from ufo_ds.data import audit_page, batch_picture, summary
-from ufo_ds.data.audit import Audit, TestPart, TrainPart, audit, test_images
+from ufo_ds.data.audit import Audit, BenchmarkPart, TrainPart, audit, counts_of
 from ufo_ds.data.source import TrainSource
 from ufo_ds.errors import UserError
 from ufo_ds.recipe import Recipe
@@ -68,7 +68,7 @@ def _audit(recipe: Recipe, out: Path) -> tuple[dict[str, Any], Iterator[str]]:
     print(f"{out / 'audit.json'}, {out / 'audit.html'}", file=sys.stderr)
     overlaps = []
     for train, test, pairs in found.overlaps():
-        exact, near = test_images(pairs)
+        exact, near = counts_of(pairs)
         overlaps.append(
             {"task": train.task, "shards": train.shards, "benchmark": test.benchmark, "part": test.part,
              "samples": test.samples, "exact": exact, "near": near}
@@ -82,7 +82,7 @@ def _overlap_table(found: Audit) -> Iterator[str]:
     rows = [["training set", "benchmark", "", "images", "exact", "near"]]
     clean = 0
     for train, test, pairs in found.overlaps():
-        exact, near = test_images(pairs)
+        exact, near = counts_of(pairs)
         clean += not pairs
         if pairs:
             part = "" if test.part == "shards" else test.part
@@ -93,7 +93,7 @@ def _overlap_table(found: Audit) -> Iterator[str]:
         yield from summary.aligned(rows, left=3)
         yield ""
     yield f"{clean} of {clean + len(rows) - 1} combinations of a training set with test images share none."
-    entries: list[TrainPart | TestPart] = [*found.train, *found.test]
+    entries: list[TrainPart | BenchmarkPart] = [*found.train, *found.test]
     for entry in entries:
         if entry.unreadable:
             yield f"{entry.shards}: {entry.unreadable} of {entry.samples} images cannot be read, and were left out."

@@ -33,7 +33,7 @@ class TrainPart:
 
 
 @dataclass(config=_STRICT, kw_only=True, frozen=True)
-class TestPart:
+class BenchmarkPart:
     """What a benchmark (``task/benchmark``) reads as ``shards``, ``query`` or ``gallery``.
 
     ``data`` is the digest of the whole benchmark, as an evaluation keeps it.
@@ -72,7 +72,7 @@ class Audit:
     version: Literal[1]
     recipe: str
     train: list[TrainPart]
-    test: list[TestPart]
+    test: list[BenchmarkPart]
     pairs: list[Pair]
 
     @classmethod
@@ -98,7 +98,7 @@ class Audit:
     def to_json(self) -> str:
         return TypeAdapter(Audit).dump_json(self, indent=1).decode() + "\n"
 
-    def overlaps(self) -> Iterator[tuple[TrainPart, TestPart, list[Pair]]]:
+    def overlaps(self) -> Iterator[tuple[TrainPart, BenchmarkPart, list[Pair]]]:
         """Every training set with every part of a benchmark and what they share, the nearest pairs first."""
         between = defaultdict(list)
         for pair in self.pairs:
@@ -109,7 +109,7 @@ class Audit:
                 yield train, test, sorted(pairs, key=lambda pair: (pair.difference, pair.bits, pair.index))
 
 
-def test_images(pairs: list[Pair]) -> tuple[int, int]:
+def counts_of(pairs: list[Pair]) -> tuple[int, int]:
     """How many test images have an equal image among the pairs, and how many only a nearly equal one."""
     exact = {pair.index for pair in pairs if pair.kind != "near"}
     return len(exact), len({pair.index for pair in pairs} - exact)
@@ -139,7 +139,7 @@ def audit(recipe: Recipe) -> Audit:
     for key, benchmark in test:
         data = digest(*(EvaluationSet.open(path) for path in parts(benchmark).values()))
         for part, path in parts(benchmark).items():
-            entry = TestPart(
+            entry = BenchmarkPart(
                 benchmark=key, part=part, shards=path, samples=len(prints[path].readable),
                 unreadable=_unreadable(prints[path]), data=data,
             )  # fmt: skip
@@ -165,7 +165,7 @@ def _unreadable(prints: Fingerprints) -> int:
     return int(np.count_nonzero(~prints.readable))
 
 
-def _pair(task: str, shards: str, test: TestPart, match: Match) -> Pair:
+def _pair(task: str, shards: str, test: BenchmarkPart, match: Match) -> Pair:
     return Pair(
         task=task, shards=shards, benchmark=test.benchmark, part=test.part,
         index=match.test_index, **{k: v for k, v in dataclasses.asdict(match).items() if k != "test_index"},

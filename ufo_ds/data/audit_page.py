@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from PIL import Image
 
-from ufo_ds.data.audit import Audit, Pair, TestPart, TrainPart, test_images
+from ufo_ds.data.audit import Audit, BenchmarkPart, Pair, TrainPart, counts_of
 from ufo_ds.data.shards import ShardSet
 from ufo_ds.data.transforms import decode
 
@@ -63,11 +63,11 @@ def _lines(audit: Audit) -> Iterator[str]:
     yield "</body></html>"
 
 
-def _table(overlaps: list[tuple[TrainPart, TestPart, list[Pair]]]) -> Iterator[str]:
+def _table(overlaps: list[tuple[TrainPart, BenchmarkPart, list[Pair]]]) -> Iterator[str]:
     yield '<table><tr><th>training set</th><th>benchmark</th><th></th><th class="n">images</th>'
     yield '<th class="n">exact</th><th class="n">near</th></tr>'
     for train, test, pairs in sorted(overlaps, key=lambda entry: not entry[2]):  # those with findings first
-        exact, near = test_images(pairs)
+        exact, near = counts_of(pairs)
         yield (
             f"<tr{' class=found' if pairs else ''}><td>{_name(train)}</td><td>{html.escape(test.benchmark)}</td>"
             f'<td>{_part(test)}</td><td class="n">{test.samples}</td><td class="n">{exact}</td>'
@@ -77,14 +77,14 @@ def _table(overlaps: list[tuple[TrainPart, TestPart, list[Pair]]]) -> Iterator[s
 
 
 def _section(
-    train: TrainPart, test: TestPart, pairs: list[Pair], of_train: ShardSet, of_test: ShardSet
+    train: TrainPart, test: BenchmarkPart, pairs: list[Pair], of_train: ShardSet, of_test: ShardSet
 ) -> Iterator[str]:
     nearest: dict[int, Pair] = {}
     for pair in pairs:
         nearest.setdefault(pair.index, pair)
     shown = list(nearest.values())[:_SHOWN]
     yield f"<h2>{_name(train)} and {html.escape(test.benchmark)} {_part(test)}</h2>"
-    exact, near = test_images(pairs)
+    exact, near = counts_of(pairs)
     more = f"; the {len(shown)} nearest are shown" if len(shown) < len(nearest) else ""
     yield f"<p>{exact} exact, {near} near of {test.samples} test images{more}. Left training, right test.</p>"
     yield '<div class="pairs">'
@@ -105,7 +105,7 @@ def _name(train: TrainPart) -> str:
     return f"{html.escape(train.task)}: {html.escape(train.shards)}"
 
 
-def _part(test: TestPart) -> str:
+def _part(test: BenchmarkPart) -> str:
     return "" if test.part == "shards" else test.part
 
 

@@ -11,7 +11,7 @@ from ufo_ds.data.source import TrainSource
 from ufo_ds.data.transforms import CorruptImage
 from ufo_ds.recipe_task import Task
 
-IMAGES = 10  # of a task
+_WIDTH = 1112  # for the images of a row, ten square ones
 _LONGEST = 104  # side of an image as drawn; the shorter one follows
 _GAP, _MARGIN = 8, 28
 _ROW_NAMES = 96  # width of the column that names the rows
@@ -41,11 +41,11 @@ def draw(tasks: Sequence[Task], sources: dict[str, TrainSource], title: str) -> 
 
 
 def _panel(task: Task, source: TrainSource) -> Image.Image:
-    count = min(IMAGES, task.samples_per_step)
     (input_height, input_width), longest = task.input, max(task.input)
     width, height = (max(1, round(side * _LONGEST / longest)) for side in (input_width, input_height))
     step = max(width, 48) + _GAP  # room for a label under narrow images
-    size = _ROW_NAMES + IMAGES * (_LONGEST + _GAP) - _GAP, 34 + 2 * (height + _GAP) + 18
+    count = min((_WIDTH + _GAP) // step, task.samples_per_step)
+    size = _ROW_NAMES + _WIDTH, 34 + 2 * (height + _GAP) + 18
     panel = Image.new("RGB", size, _PAPER)
     pen = ImageDraw.Draw(panel)
     pen.line([(0, 0), (size[0], 0)], _LINE)
