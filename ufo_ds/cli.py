@@ -9,10 +9,12 @@ from ufo_ds.parallel.launch import name_accelerator
 VERBS = {
     "train": "train a recipe (with several processes: deepspeed ufo_ds/train.py)",
     "shards": "turn images into WebDataset shards with a manifest; verify them",
+    "data": "look at a recipe's data: figures, a batch as training sees it, test images that training has seen",
     "evaluate": "run the benchmarks of a trained run",
     "compare": "compare two recipes by their runs, with intervals over seeds and test items",
     "extract": "cut one task out of a run as a dense Hugging Face model",
 }
+_MODULES = {"data": "data_report"}  # of verbs that are not named as their module is
 
 
 def _dispatch(argv: list[str] | None) -> None:
@@ -25,7 +27,7 @@ def _dispatch(argv: list[str] | None) -> None:
     if verb not in VERBS:
         raise UserError(f"no verb {verb!r}: use one of {', '.join(VERBS)}")
     name_accelerator()
-    importlib.import_module(f"ufo_ds.{verb}").main(rest)
+    importlib.import_module(f"ufo_ds.{_MODULES.get(verb, verb)}").main(rest)
 
 
 def main() -> int:

@@ -5,6 +5,7 @@ pairs from a command line, where a task is addressed by its name: ``tasks.glyphs
 """
 
 import contextlib
+import dataclasses
 import os
 import re
 from collections.abc import Sequence
@@ -42,6 +43,29 @@ def load(name_or_file: str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe
     for key, text in overrides:
         _override(values, key, text)
     return parse(values, str(path))
+
+
+def overrides_of(words: Sequence[str]) -> list[tuple[str, str]]:
+    """What is left of a command line, as overrides: ``--section.key VALUE``, ``--section.key=VALUE``, ``--seed 1``.
+
+    Raises:
+        UserError: a word that is no key of a recipe, or one without its value.
+    """
+    overrides = []
+    plain = [f"--{field.name}" for field in dataclasses.fields(Recipe)]  # --seed
+    rest = list(words)
+    while rest:
+        key, *rest = rest
+        if not key.startswith("--") or ("." not in key and key.split("=")[0] not in plain):
+            raise UserError(f"unknown argument {key!r}: recipe values are set as --section.key VALUE; see --help")
+        if "=" in key:
+            key, value = key.split("=", 1)
+        elif rest:
+            value, *rest = rest
+        else:
+            raise UserError(f"{key} needs a value")
+        overrides.append((key[2:], value))
+    return overrides
 
 
 def parse(values: dict[str, Any], source: str) -> Recipe:

@@ -9,7 +9,6 @@ checkpoint of the run directory. Any value of the recipe can be set: --seed 1, -
 """
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -39,19 +38,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[tu
     parser.add_argument("--deepspeed_config", metavar="JSON", help="the same, in DeepSpeed's own form")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by launchers")
     options, rest = parser.parse_known_args(argv)
-    overrides = []
-    plain = [f"--{field.name}" for field in dataclasses.fields(recipes.Recipe)]  # --seed
-    while rest:
-        key, *rest = rest
-        if not key.startswith("--") or ("." not in key and key.split("=")[0] not in plain):
-            raise UserError(f"unknown argument {key!r}: recipe values are set as --section.key VALUE; see --help")
-        if "=" in key:
-            key, value = key.split("=", 1)
-        elif rest:
-            value, *rest = rest
-        else:
-            raise UserError(f"{key} needs a value")
-        overrides.append((key[2:], value))
+    overrides = recipe_file.overrides_of(rest)
     options.deepspeed = options.deepspeed or options.deepspeed_config
     if not options.deepspeed:
         raise UserError("--deepspeed JSON is missing: ds_configs/moe.json is the default layout")

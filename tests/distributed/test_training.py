@@ -16,7 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests import tiny
 from ufo_ds import checkpoint
-from ufo_ds.evaluate import evaluate
+from ufo_ds.evaluate import of_model
+from ufo_ds.evaluation import benchmarks
 
 REPOSITORY = Path(__file__).parents[2]
 PORT = str(20000 + os.getpid() % 10000)  # of its own, whatever else is trained here
@@ -119,7 +120,8 @@ def test_the_averages_are_what_is_evaluated(uninterrupted):
     logged = [line for line in recorded(uninterrupted) if line["kind"] == "evaluation"][-1]
     found = {
         f"{key}/{name}": value
-        for key, of_benchmark in evaluate(reader, reader.recipe, "cpu").items()
+        for of_task in of_model(reader, reader.recipe, "cpu")
+        for key, of_benchmark in benchmarks.score(*of_task).items()
         for name, value in of_benchmark.metrics().items()
     }
     assert found.items() <= logged.items()

@@ -1,5 +1,7 @@
 """The images of a benchmark, in the order of its shards."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -51,3 +53,9 @@ class EvaluationSet:
                 f"image {index} of {self._shards.name} ({self.label_names[index]}) cannot be read ({error}): "
                 f"check the shards with `ufo shards verify`"
             ) from None
+
+
+def digest(*sets: EvaluationSet) -> str:
+    """A digest of the names of labels and cameras, and of the pairs: alike for the same data alone."""
+    names = [[s.label_names, s.camera_names, None if s.pairs is None else s.pairs.tolist()] for s in sets]
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()

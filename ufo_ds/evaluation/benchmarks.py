@@ -1,7 +1,5 @@
 """From a recipe's benchmarks to outcomes: which images to run, and which protocol to apply to what comes out."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ufo_ds.data.evaluation_set import EvaluationSet
+from ufo_ds.data.evaluation_set import EvaluationSet, digest
 from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.errors import UserError
 from ufo_ds.evaluation import classification, retrieval, verification
@@ -168,12 +166,18 @@ def join(parts: list[Predictions]) -> Predictions:
 
 
 def score(
-    recipe: Recipe, images: Mapping[str, TaskImages], predictions: Predictions, classes: Mapping[str, list[str]]
+    recipe: Recipe,
+    images: Mapping[str, TaskImages],
+    predictions: Predictions,
+    classes: Mapping[str, list[str]],
+    without: Mapping[str, Mapping[str, set[int]]] | None = None,
 ) -> dict[str, Outcomes]:
     """Outcomes of all benchmarks, by ``task/benchmark``.
 
     Args:
         classes: per task, the names behind the columns of the logits.
+        without: per ``task/benchmark`` and directory the images, by position, that are left out, and with them every
+            pair that one of them is in.
 
     Raises:
         UserError: a benchmark has a class that the head lacks.
@@ -182,43 +186,51 @@ def score(
     for task in recipe.tasks:
         for benchmark in task.benchmarks:
             _, embeddings, logits = predictions[task.name]
-            found = _score(benchmark, images[task.name], embeddings, logits, classes[task.name])
-            outcomes[f"{task.name}/{benchmark.name}"] = found
+            key = f"{task.name}/{benchmark.name}"
+            left_out = (without or {}).get(key, {})
+            outcomes[key] = _score(benchmark, images[task.name], embeddings, logits, classes[task.name], left_out)
     return outcomes
 
 
 def _score(
-    benchmark: Benchmark, images: TaskImages, embeddings: np.ndarray, logits: np.ndarray, classes: list[str]
+    benchmark: Benchmark,
+    images: TaskImages,
+    embeddings: np.ndarray,
+    logits: np.ndarray,
+    classes: list[str],
+    without: Mapping[str, set[int]],
 ) -> Outcomes:
     def rows(array: np.ndarray, directory: str) -> np.ndarray:
         return images.rows(array, directory, benchmark.flip)
+
+    def kept(directory: str) -> np.ndarray:
+        mask = np.ones(len(images.sets[directory]), dtype=bool)
+        mask[list(without.get(directory, []))] = False
+        return mask
 
     if benchmark.protocol == "retrieval":
         assert benchmark.query is not None
         assert benchmark.gallery is not None
         query, gallery = images.sets[benchmark.query], images.sets[benchmark.gallery]
-        arrays = retrieval.outcomes(
-            rows(embeddings, benchmark.query), *_numbers(query, gallery),
-            rows(embeddings, benchmark.gallery), *_numbers(gallery, query),
-        )  # fmt: skip
-        return Outcomes(benchmark.protocol, benchmark.flip, _digest(query, gallery), arrays)
+        of_query, of_gallery = (
+            [array[kept(directory)] for array in (rows(embeddings, directory), *_numbers(one, other))]
+            for directory, one, other in ((benchmark.query, query, gallery), (benchmark.gallery, gallery, query))
+        )
+        arrays = retrieval.outcomes(*of_query, *of_gallery)
+        return Outcomes(benchmark.protocol, benchmark.flip, digest(query, gallery), arrays)
     assert benchmark.shards is not None
-    data = images.sets[benchmark.shards]
+    data, keep = images.sets[benchmark.shards], kept(benchmark.shards)
     if benchmark.protocol == "verification":
         assert data.pairs is not None  # see check
-        arrays = verification.outcomes(rows(embeddings, benchmark.shards), data.pairs)
+        pairs = data.pairs[keep[data.pairs[:, 1]] & keep[data.pairs[:, 2]]]
+        arrays = verification.outcomes(rows(embeddings, benchmark.shards), pairs)
         # Images of a pair list have no label and are their own identities.
         identities = np.unique(data.label_names, return_inverse=True)[1]
-        arrays["identity"] = identities[data.pairs[:, 1:3]]
+        arrays["identity"] = identities[pairs[:, 1:3]]
     else:
         labels = class_labels(data, classes, benchmark.name)
-        arrays = classification.outcomes(rows(logits, benchmark.shards), labels)
-    return Outcomes(benchmark.protocol, benchmark.flip, _digest(data), arrays)
-
-
-def _digest(*sets: EvaluationSet) -> str:
-    names = [[s.label_names, s.camera_names, None if s.pairs is None else s.pairs.tolist()] for s in sets]
-    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+        arrays = classification.outcomes(rows(logits, benchmark.shards)[keep], labels[keep])
+    return Outcomes(benchmark.protocol, benchmark.flip, digest(data), arrays)
 
 
 def class_labels(data: EvaluationSet, classes: list[str], where: str) -> np.ndarray:
