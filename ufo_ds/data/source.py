@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ufo_ds.data.augmentation import augmented
+from ufo_ds.data.augmentation import CROP_ATTEMPTS, augmented, crop_box
 from ufo_ds.data.sampling import EpochOrder, PKOrder
 from ufo_ds.data.shards import ShardSet
-from ufo_ds.data.transforms import CorruptImage, channels_first, evaluation_transform, resized_pixels
+from ufo_ds.data.transforms import CorruptImage, cropped_pixels, evaluation_transform, image_size, resized_pixels
 from ufo_ds.errors import UserError
 from ufo_ds.recipe_task import Task
 from ufo_ds.seeding import numpy_generator
@@ -75,23 +75,24 @@ class TrainSource:
         An unreadable image is replaced by the next readable one of its label, or of any label if it has none.
 
         Returns:
-            uint8 [3, H, W], its label, and the indices of the images that could not be read.
+            uint8 [3, H, W], maybe a view, its label, and the indices of the images that could not be read.
 
         Raises:
             UserError: no image of the task can be read.
         """
-        generator = numpy_generator(self.seed, "augment", self.task.name, draw)
+        augment, generator = self.task.augment, numpy_generator(self.seed, "augment", self.task.name, draw)
+        u_4A = generator.random((4, CROP_ATTEMPTS)) if augment.random_resized_crop else None
         skipped: list[int] = []
         turn, image = divmod(self.index(draw), len(self))
         for index in self._candidates(image):
             try:
-                pixels_HWC = self._resized(index)
+                pixels_HWC = self._resized(index) if u_4A is None else self._cropped(index, u_4A)
             except CorruptImage:
                 skipped.append(index)
                 continue
-            pixels_HWC = augmented(np.rot90(pixels_HWC, turn), self.task.input, self.task.augment, generator)
+            pixels_HWC = augmented(np.rot90(pixels_HWC, turn), self.task.input, augment, generator)
             label = int(self.labels[index]) + turn * self._classes_per_turn
-            return channels_first(pixels_HWC), label, skipped
+            return pixels_HWC.transpose(2, 0, 1), label, skipped
         raise UserError(f"task {self.task.name}: none of its {len(self)} images can be read: make its shards again")
 
     def pixels(self, index: int) -> np.ndarray:
@@ -99,13 +100,21 @@ class TrainSource:
         return evaluation_transform(self._read(index), self.task.input)
 
     def _resized(self, index: int) -> np.ndarray:
-        """A training image before all that is random, uint8 [H, W, 3], read-only."""
+        """A training image before all that is random, uint8 [H, W, 3], not to be changed."""
         if self._cache is not None and index in self._cache:
             return self._cache[index]
-        pixels_HWC = resized_pixels(self._read(index), self.task.augment.resize or self.task.input)
+        augment = self.task.augment
+        pixels_HWC = resized_pixels(self._read(index), augment.resize or self.task.input, augment.interpolation)
         if self._cache is not None:
             self._cache[index] = pixels_HWC
         return pixels_HWC
+
+    def _cropped(self, index: int, u_4A: np.ndarray) -> np.ndarray:
+        """A random part of a training image, uint8 [H, W, 3]."""
+        data, augment = self._read(index), self.task.augment
+        assert augment.random_resized_crop is not None
+        box = crop_box(image_size(data), augment.random_resized_crop, u_4A)
+        return cropped_pixels(data, box, self.task.input, augment.interpolation or "bilinear")
 
     def _read(self, index: int) -> bytes:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
