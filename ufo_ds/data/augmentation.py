@@ -143,12 +143,11 @@ def _jitter(pixels_HWC: np.ndarray, jitter: Jitter, generator: np.random.Generat
 def _pad_and_crop(pixels_HWC: np.ndarray, input_hw: Size, pad: int, generator: np.random.Generator) -> np.ndarray:
     """A window of the input's size, anywhere in the image with ``pad`` black pixels on every side."""
     (height, width), (source_height, source_width) = input_hw, pixels_HWC.shape[:2]
-    places = np.array([source_height - height, source_width - width]) + 2 * pad + 1
-    top, left = generator.integers(0, places)
+    top, left = (int(generator.integers(0, n + 2 * pad + 1)) for n in (source_height - height, source_width - width))
     if not pad:
         return pixels_HWC[top : top + height, left : left + width]
     window = np.zeros((height, width, 3), dtype=np.uint8)
-    y, x = pad - int(top), pad - int(left)  # where the image's corner is in the window
+    y, x = pad - top, pad - left  # where the image's corner is in the window
     part = pixels_HWC[max(-y, 0) : height - y, max(-x, 0) : width - x]
     y, x = max(y, 0), max(x, 0)
     window[y : y + part.shape[0], x : x + part.shape[1]] = part
