@@ -154,6 +154,14 @@ class RandAugment:
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
+class Mix:
+    """Of samples with other ones of the task; the weight of the first is drawn from Beta(alpha, alpha)."""
+
+    alpha: Annotated[float, Field(gt=0)] = 1.0
+    probability: Share = 0.5
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
 class Augment:
     """In the order in which it is done."""
 
@@ -169,6 +177,13 @@ class Augment:
     pad: Annotated[int, Field(ge=0)] = 0  # black pixels on every side, then a random crop to the input size
     flip: bool = False
     erasing: Share = 0.0  # probability of Random Erasing (Zhong et al., 2020)
+    # Of a sample one or the other or none, so their probabilities add up to at most 1; for linear heads.
+    mixup: Mix | None = None  # the mean of two images, and of their losses (Zhang et al., 2018)
+    cutmix: Mix | None = None  # a rectangle of another image (Yun et al., 2019)
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup is not None or self.cutmix is not None
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
@@ -232,6 +247,8 @@ class Task:
     @model_validator(mode="after")
     def _losses_fit(self) -> "Task":
         loss, ce = self.loss, self.loss.cross_entropy
+        if self.augment.mixes and (self.head.type != "linear" or loss.triplet):
+            raise ValueError(f"{self.name}: mixup and cutmix are for a linear head with cross_entropy alone")
         if self.head.type == "linear":
             if ce is None or loss.on_cosines or ce.scale is not None:
                 raise ValueError(f"{self.name}: a linear head goes with cross_entropy without scale, and needs it")
@@ -252,6 +269,8 @@ class Task:
             raise ValueError(f"{self.name}: augment.resize {size} is smaller than the input {self.input}")
         if self.augment.random_resized_crop and self.augment.resize:
             raise ValueError(f"{self.name}: random_resized_crop takes the place of resize: remove one of them")
+        if sum(mix.probability for mix in (self.augment.mixup, self.augment.cutmix) if mix) > 1:
+            raise ValueError(f"{self.name}: the probabilities of mixup and cutmix add up to more than 1: lower them")
         if self.augment.auto_augment and self.augment.rand_augment:
             raise ValueError(f"{self.name}: both auto_augment and rand_augment: remove one of them")
         if self.quarter_turns and self.head.type != "margin":

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ufo_ds.data.augmentation import CROP_ATTEMPTS, augmented, crop_box
+from ufo_ds.data.mixup import draw_mixing, mixed
 from ufo_ds.data.sampling import EpochOrder, PKOrder
 from ufo_ds.data.shards import ShardSet
 from ufo_ds.data.transforms import CorruptImage, cropped_pixels, evaluation_transform, image_size, resized_pixels
@@ -70,7 +71,7 @@ class TrainSource:
         return self._order.index(draw)
 
     def load(self, draw: int) -> tuple[np.ndarray, int, list[int]]:
-        """Read, turn and augment the image of a draw.
+        """Read, turn and augment the image of a draw; :meth:`load_mixed` mixes it with another one.
 
         An unreadable image is replaced by the next readable one of its label, or of any label if it has none.
 
@@ -80,10 +81,34 @@ class TrainSource:
         Raises:
             UserError: no image of the task can be read.
         """
-        augment, generator = self.task.augment, numpy_generator(self.seed, "augment", self.task.name, draw)
+        return self._sample(self.index(draw), numpy_generator(self.seed, "augment", self.task.name, draw))
+
+    def load_mixed(self, draw: int) -> tuple[np.ndarray, int, int, float, list[int]]:
+        """:meth:`load`, and where a draw is to be mixed, with any other image of the task, read for this alone.
+
+        Returns:
+            uint8 [3, H, W], maybe a view, its label, the label of the other image, the weight of the first, and the
+            indices of the images that could not be read. Without another image it is the same label twice.
+
+        Raises:
+            UserError: no image of the task can be read.
+        """
+        pixels_CHW, label, skipped = self.load(draw)
+        generator = numpy_generator(self.seed, "mix", self.task.name, draw)
+        mixing = draw_mixing(self.task.augment, generator)
+        if mixing is None:
+            return pixels_CHW, label, label, 1.0, skipped
+        other = int(generator.integers(len(self)))
+        other_CHW, other_label, more = self._sample(other, numpy_generator(self.seed, "partner", self.task.name, draw))
+        mixed_CHW, weight = mixed(pixels_CHW, other_CHW, mixing)
+        return mixed_CHW, label, other_label, weight, skipped + more
+
+    def _sample(self, sample: int, generator: np.random.Generator) -> tuple[np.ndarray, int, list[int]]:
+        """For :meth:`load`."""
+        augment = self.task.augment
         u_4A = generator.random((4, CROP_ATTEMPTS)) if augment.random_resized_crop else None
         skipped: list[int] = []
-        turn, image = divmod(self.index(draw), len(self))
+        turn, image = divmod(sample, len(self))
         for index in self._candidates(image):
             try:
                 pixels_HWC = self._resized(index) if u_4A is None else self._cropped(index, u_4A)
