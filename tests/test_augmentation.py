@@ -1,13 +1,15 @@
 """Augmentation against its description, and against slow and obvious ways to compute the same."""
 
+import colorsys
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from ufo_ds.data.augmentation import augmented
-from ufo_ds.recipe_task import Affine, Augment, Jitter
+from ufo_ds.data.augmentation import CROP_ATTEMPTS, augmented, crop_box
+from ufo_ds.recipe_task import Affine, Augment, AutoAugment, Jitter, RandAugment, RandomResizedCrop
 from ufo_ds.seeding import numpy_generator
 
 
@@ -215,17 +217,112 @@ def test_jitter_draws_every_factor_between_its_bounds() -> None:
     assert max(spread) > 120  # up to 150, but for what clips at black
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_hue_is_turned_in_hsv(seed: int) -> None:
+    """On Pillow's own scale of 256 steps a turn, after the other parts of the jitter."""
+    pixels, u = noise(10, 14, seed), np.random.default_rng(seed).random(5)
+    pixels = (pixels // 3 + 80).astype(np.uint8)
+
+    class TwoCalls:
+        parts = iter((u[:4], u[4]))
+
+        def random(self, size: int | None = None) -> np.ndarray:
+            return next(self.parts)
+
+    others = Jitter(brightness=0.2, saturation=0.3)
+    before = Image.fromarray(augmented(pixels, (10, 14), Augment(jitter=others), Fixed(*u[:4])))
+    found = augmented(pixels, (10, 14), Augment(jitter=dataclasses.replace(others, hue=0.25)), TwoCalls())
+    hsv = np.array(before.convert("HSV"))
+    hsv[:, :, 0] = np.mod(hsv[:, :, 0] + np.rint(256 * 0.25 * (2 * u[4] - 1)).astype(int), 256)
+    expected = np.asarray(Image.fromarray(hsv, mode="HSV").convert("RGB"))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_turned_red_goes_both_ways_as_far_as_it_may() -> None:
+    red = np.zeros((2, 2, 3), dtype=np.uint8)
+    red[:, :, 0] = 200
+    augment, hues = Augment(jitter=Jitter(hue=0.1)), []
+    for n in range(300):
+        pixel = augmented(red, (2, 2), augment, numpy_generator("hue", n))[0, 0] / 255
+        hues.append((colorsys.rgb_to_hsv(*pixel)[0] + 0.5) % 1 - 0.5)
+    assert -0.105 < min(hues) < -0.09
+    assert 0.09 < max(hues) < 0.105
+
+
+# --- random resized crop ----------------------------------------------------------------------------------------------
+
+
+def attempts(*first: float) -> np.ndarray:
+    """Numbers of which the first attempt has these, and the others ask for all of the area at the widest aspect."""
+    u_4A = np.tile(np.array([[0.999999], [0.999999], [0.0], [0.0]]), CROP_ATTEMPTS)
+    u_4A[:, 0] = first
+    return u_4A
+
+
+def test_crop_by_hand() -> None:
+    """Area 0.1 + 0.5 x 0.3 = 0.25 of 100 x 64, aspect 0.5 x 4^0.5 = 1: 40 x 40, at 0.25 x 61 and 0.5 x 25."""
+    crop = RandomResizedCrop(area=(0.1, 0.4), aspect=(0.5, 2.0))
+    assert crop_box((100, 64), crop, attempts(0.5, 0.5, 0.25, 0.5)) == (15, 12, 40, 40)
+    # Aspect 2: width sqrt(1600 x 2) = 56.57, height 28.28.
+    assert crop_box((100, 64), crop, attempts(0.5, 1.0, 0.999, 0.0)) == (int(0.999 * 73), 0, 28, 57)
+
+
+@pytest.mark.parametrize(
+    ("size_hw", "expected"),
+    [((30, 100), (0, 30, 30, 40)), ((100, 30), (30, 0, 40, 30)), ((30, 36), (0, 0, 30, 36)), ((1, 1), (0, 0, 1, 1))],
+)
+def test_without_a_fitting_shape_the_middle_is_taken(
+    size_hw: tuple[int, int], expected: tuple[int, int, int, int]
+) -> None:
+    """More than the whole area at a different aspect never fits; the middle has 4 : 3, 3 : 4 or is everything."""
+    crop = RandomResizedCrop(area=(1.0, 1.0))
+    u_4A = attempts(0.999999, 0.999999, 0.0, 0.0)
+    if size_hw == (30, 36):
+        u_4A[1] = 0.0
+    if size_hw == (1, 1):
+        u_4A[1] = 0.5
+    assert crop_box(size_hw, crop, u_4A) == expected
+
+
+def test_the_first_shape_that_fits_counts() -> None:
+    crop, u_4A = RandomResizedCrop(area=(0.25, 1.0), aspect=(0.5, 2.0)), attempts(1.0, 1.0, 0.0, 0.0)
+    u_4A[:, 3] = (0.0, 0.5, 0.0, 0.999)
+    u_4A[:, 4] = (0.0, 0.5, 0.0, 0.0)
+    assert crop_box((60, 60), crop, u_4A) == (0, int(0.999 * 31), 30, 30)
+
+
+def test_crops_are_uniform_in_area_place_and_logarithm_of_the_aspect() -> None:
+    """Of a square with areas that always fit: the means of uniform variables, within 4 standard deviations."""
+    crop, n = RandomResizedCrop(area=(0.1, 0.5)), 2000
+    boxes = np.array([
+        crop_box((900, 900), crop, numpy_generator("box", i).random((4, CROP_ATTEMPTS))) for i in range(n)
+    ])  # fmt: skip
+    top, left, height, width = boxes.T
+    for values, low, high in (
+        (height * width / 900**2, 0.1, 0.5),
+        (np.log(width / height), math.log(3 / 4), math.log(4 / 3)),
+        (top / (900 - height), 0.0, 1.0),
+        (left / (900 - width), 0.0, 1.0),
+    ):
+        assert low - 0.005 <= values.min() < low + 0.01 * (high - low) + 0.002
+        assert high + 0.005 >= values.max() > high - 0.01 * (high - low) - 0.002
+        assert abs(values.mean() - (low + high) / 2) < 4 * (high - low) / math.sqrt(12 * n)
+
+
 EVERYTHING = Augment(
     resize=(30, 30),
     affine=Affine(rotation=15, scale=(0.8, 1.2), shear=10, translation=0.1),
-    jitter=Jitter(brightness=0.3, contrast=0.3, saturation=0.3, grayscale=0.2),
+    auto_augment=AutoAugment(probability=0.8),
+    jitter=Jitter(brightness=0.3, contrast=0.3, saturation=0.3, grayscale=0.2, hue=0.1),
     pad=2,
     flip=True,
     erasing=0.5,
 )
 
 
-@pytest.mark.parametrize("augment", [Augment(pad=4, flip=True, erasing=0.5), EVERYTHING])
+@pytest.mark.parametrize(
+    "augment", [Augment(pad=4, flip=True, erasing=0.5), Augment(rand_augment=RandAugment(), pad=4), EVERYTHING]
+)
 def test_augmentation_is_a_function_of_the_generator(augment: Augment) -> None:
     pixels = noise(30, 30)
     input_hw = (24, 24) if augment.resize else (30, 30)

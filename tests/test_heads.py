@@ -256,3 +256,24 @@ def test_a_task_without_samples_has_zero_losses_and_gradients(training):
         assert found.tolist() == [0.0] * len(LOSSES)
         found.sum().backward()
         assert all(parameter.grad is not None and not parameter.grad.any() for parameter in head.parameters())
+
+
+# --- mixed samples ----------------------------------------------------------------------------------------------------
+
+
+def test_mixed_samples_have_cross_entropy_with_soft_targets():
+    head = TaskHead(Head(type="linear"), 6, 5, Loss(cross_entropy=CrossEntropy(label_smoothing=0.1, weight=1.5)))
+    with torch.no_grad():
+        head.classifier.weight.copy_(randn(5, 6, seed=1))
+        head.classifier.bias.copy_(randn(5, seed=2))
+    features = randn(9, 6, seed=3).requires_grad_()
+    first, second = random_labels(9, 5), random_labels(9, 5).flip(0)
+    weight = torch.rand(9, generator=torch_generator("mix"))
+    found = head(features, first, 12, mix=(second, weight)).sum()
+    targets = weight[:, None] * F.one_hot(first, 5) + (1 - weight[:, None]) * F.one_hot(second, 5)
+    logits = features @ head.classifier.weight.T + head.classifier.bias
+    expected = 1.5 * F.cross_entropy(logits, targets, label_smoothing=0.1, reduction="sum") / 12
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, features)[0], torch.autograd.grad(expected, features)[0])
+    whole = head(features, first, 12, mix=(second, torch.ones(9))).sum()
+    torch.testing.assert_close(whole, head(features, first, 12).sum())

@@ -6,14 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.test_mixing import break_image, make_shards, margin_task
 from ufo_ds import recipe_file
+from ufo_ds.data.augmentation import CROP_ATTEMPTS, crop_box
 from ufo_ds.data.mixing import Batches, loader
 from ufo_ds.data.source import TrainSource
 from ufo_ds.data.transforms import evaluation_transform
 from ufo_ds.errors import UserError
-from ufo_ds.recipe_task import Augment, Task
+from ufo_ds.recipe_task import Augment, RandomResizedCrop, Task
+from ufo_ds.seeding import numpy_generator
 
 COUNTS = {"p1": 2, "p2": 3, "p3": 3}
 
@@ -140,3 +143,28 @@ def test_a_cached_image_is_read_once(tmp_path: Path) -> None:
     assert {len(cached.load(draw)[2]) for draw in range(4)} == {0, 1}
     with pytest.raises(UserError, match="none of its 2 images can be read"):
         plain.load(0)
+
+
+def test_crops_are_those_of_the_drawn_boxes(tmp_path: Path) -> None:
+    """Of the original image, before all else; an unreadable image is replaced by another's part at the same numbers."""
+    shards = make_shards(tmp_path, COUNTS)
+    break_image(shards, files_of(tmp_path)[2])
+    crop = RandomResizedCrop(area=(0.2, 0.9))
+    task = dataclasses.replace(
+        turning_task(shards), quarter_turns=False, identities_per_step=3, input=(8, 10), augment=Augment(
+            random_resized_crop=crop, flip=True
+        )
+    )  # fmt: skip
+    source, boxes = TrainSource.open(task, seed=2), set()
+    for draw in range(60):
+        pixels, _, skipped = source.load(draw)
+        generator = numpy_generator(2, "augment", "signs", draw)
+        box = crop_box((11, 9), crop, generator.random((4, CROP_ATTEMPTS)))
+        file = files_of(tmp_path)[3 if skipped else source.index(draw)]
+        part = Image.open(file).crop((box[1], box[0], box[1] + box[3], box[0] + box[2]))
+        expected = np.asarray(part.resize((10, 8), Image.Resampling.BILINEAR)).astype(int)
+        if generator.random() < 0.5:
+            expected = expected[:, ::-1]
+        assert np.abs(pixels.transpose(1, 2, 0) - expected).max() <= 1
+        boxes.add(box)
+    assert len(boxes) > 30

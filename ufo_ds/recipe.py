@@ -263,6 +263,9 @@ class Recipe:
         for task in self.tasks:
             if task.input[0] < patch or task.input[1] < patch:
                 raise ValueError(f"{task.name}: input {task.input} is smaller than one patch of {patch}")
+            if self.data.cache and task.augment.random_resized_crop:
+                raise ValueError(f"{task.name}: data.cache keeps resized images, random_resized_crop needs the "
+                                 "original ones: remove one of them")  # fmt: skip
             for unit, route in {**self.model.routes, **task.routes}.items():
                 layers = route if isinstance(route, list) else [route]
                 if set(layers) != {"shared"} and unit not in self.model.experts:

@@ -117,16 +117,73 @@ class Jitter:
     contrast: Share = 0.0
     saturation: Share = 0.0
     grayscale: Share = 0.0  # probability of no colour at all
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # shares of a full turn to either side, in HSV
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
+class RandomResizedCrop:
+    """A random part of the original image, resized to the input (Szegedy et al., 2015); uniform in area and place, and
+    in the logarithm of the aspect."""
+
+    area: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(le=1)]] = (0.08, 1.0)  # shares of the image's
+    aspect: tuple[Annotated[float, Field(gt=0)], float] = (3 / 4, 4 / 3)  # width / height
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "RandomResizedCrop":
+        for key in ("area", "aspect"):
+            smallest, largest = getattr(self, key)
+            if smallest > largest:
+                raise ValueError(f"{key} {[smallest, largest]}: give the smaller one first")
+        return self
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
+class AutoAugment:
+    """One of the 25 pairs of operations found on ImageNet (Cubuk et al., 2019); see ``ufo_ds.data.policies``."""
+
+    policy: Literal["imagenet"] = "imagenet"
+    probability: Share = 1.0  # of any change
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
+class RandAugment:
+    """Random operations, all of one strength (Cubuk et al., 2020); see ``ufo_ds.data.policies``."""
+
+    operations: Positive = 2  # one after another, drawn with replacement from 14
+    magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0  # 10: the end of every operation's range
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
+class Mix:
+    """Of samples with other ones of the task; the weight of the first is drawn from Beta(alpha, alpha)."""
+
+    alpha: Annotated[float, Field(gt=0)] = 1.0
+    probability: Share = 0.5
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
 class Augment:
+    """In the order in which it is done."""
+
     resize: Size | None = None  # of the image before all that is random, not below the input; default: the input
+    random_resized_crop: RandomResizedCrop | None = None  # in place of the resize
+    # Of the resize, or of random_resized_crop (there by default bilinear): by torch, fast. Default of the resize:
+    # bilinear by Pillow, three times slower and to the bit as in evaluation; the two bilinear ones differ by at most 1.
+    interpolation: Literal["bilinear", "bicubic"] | None = None
     affine: Affine | None = None
+    auto_augment: AutoAugment | None = None
+    rand_augment: RandAugment | None = None
     jitter: Jitter | None = None
     pad: Annotated[int, Field(ge=0)] = 0  # black pixels on every side, then a random crop to the input size
     flip: bool = False
     erasing: Share = 0.0  # probability of Random Erasing (Zhong et al., 2020)
+    # Of a sample one or the other or none, so their probabilities add up to at most 1; for linear heads.
+    mixup: Mix | None = None  # the mean of two images, and of their losses (Zhang et al., 2018)
+    cutmix: Mix | None = None  # a rectangle of another image (Yun et al., 2019)
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup is not None or self.cutmix is not None
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
@@ -206,6 +263,8 @@ class Task:
     @model_validator(mode="after")
     def _losses_fit(self) -> "Task":
         loss, ce = self.loss, self.loss.cross_entropy
+        if self.augment.mixes and (self.head.type != "linear" or loss.triplet):
+            raise ValueError(f"{self.name}: mixup and cutmix are for a linear head with cross_entropy alone")
         if self.head.type == "linear":
             if ce is None or loss.on_cosines or ce.scale is not None:
                 raise ValueError(f"{self.name}: a linear head goes with cross_entropy without scale, and needs it")
@@ -224,6 +283,12 @@ class Task:
         size = self.augment.resize or self.input
         if size[0] < self.input[0] or size[1] < self.input[1]:
             raise ValueError(f"{self.name}: augment.resize {size} is smaller than the input {self.input}")
+        if self.augment.random_resized_crop and self.augment.resize:
+            raise ValueError(f"{self.name}: random_resized_crop takes the place of resize: remove one of them")
+        if sum(mix.probability for mix in (self.augment.mixup, self.augment.cutmix) if mix) > 1:
+            raise ValueError(f"{self.name}: the probabilities of mixup and cutmix add up to more than 1: lower them")
+        if self.augment.auto_augment and self.augment.rand_augment:
+            raise ValueError(f"{self.name}: both auto_augment and rand_augment: remove one of them")
         if self.quarter_turns and self.head.type != "margin":
             raise ValueError(f"{self.name}: quarter_turns need a margin head: a linear one is tested on its classes")
         if self.quarter_turns and (size[0] != size[1] or self.input[0] != self.input[1]):

@@ -42,11 +42,12 @@ def make_recipe(case: dict) -> recipes.Recipe:
     sizes. Batch norm over fewer than eight samples would be compared at the edge of fp32."""
     gas = case["accumulation"]
     linear = {"head": {"type": "linear"}, "loss": {"cross_entropy": {"label_smoothing": 0.1}}}
+    mixing = {"augment": {"mixup": {"probability": 1.0}}} if case["mixing"] else {}
     margin = {"head": {"type": "margin"}, "loss": {"cosface": {"scale": 8}, "triplet": {"weight": 0.5}}}
     tasks = [
         {"name": "a", "input": [16, 16], "samples_per_step": 16 * gas, "identities_per_step": 4 * gas, **margin},
         {"name": "b", "input": [24, 16], "samples_per_step": 8 * gas, "identities_per_step": 2 * gas, **margin},
-        {"name": "c", "input": [16, 16], "samples_per_step": 4 * gas, **linear, "weight": 2.0},
+        {"name": "c", "input": [16, 16], "samples_per_step": 4 * gas, **linear, **mixing, "weight": 2.0},
         {"name": "d", "input": [16, 32], "samples_per_step": case["last"] * gas, **linear, "lr_scale": 0.5},
     ]
     # Before a neck's batch norm a bias has a true gradient of zero, and comparing noise says nothing: the margin tasks
@@ -119,6 +120,9 @@ def global_batch(
         images = torch.randint(0, 256, (n, 3, *task.input), generator=generator).to(torch.uint8)
         labels = torch.randint(0, classes[task.name], (n,), generator=generator)
         tasks[task.name] = TaskBatch(images, labels, range(n), n)
+        if task.augment.mixes:
+            tasks[task.name].mix_labels = torch.randint(0, classes[task.name], (n,), generator=generator)
+            tasks[task.name].mix_weight = torch.rand(n, generator=generator)
     return Batch(step, micro_step, tasks, {})
 
 
@@ -128,7 +132,8 @@ def part_of(batch: Batch, positions: dict[str, range]) -> Batch:
     for name, chosen in positions.items():
         whole = batch.tasks[name]
         rows = slice(chosen.start, chosen.stop)
-        tasks[name] = TaskBatch(whole.images[rows], whole.labels[rows], chosen, whole.global_count)
+        mix = [None if x is None else x[rows] for x in (whole.mix_labels, whole.mix_weight)]
+        tasks[name] = TaskBatch(whole.images[rows], whole.labels[rows], chosen, whole.global_count, *mix)
     return Batch(batch.step, batch.micro_step, tasks, {})
 
 

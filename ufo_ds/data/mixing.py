@@ -31,19 +31,26 @@ class TaskBatch:
         labels: int64 [n].
         positions: of the samples in the task's global micro-batch; they stay on the host.
         global_count: samples of the task in the global micro-batch.
+        mix_labels: int64 [n], of the images that these are mixed with; of a task that mixes, else None.
+        mix_weight: float32 [n], of ``labels``; the rest of 1 is that of ``mix_labels``.
     """
 
     images: Tensor
     labels: Tensor
     positions: range
     global_count: int
+    mix_labels: Tensor | None = None
+    mix_weight: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "TaskBatch":
-        images, labels = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.images, self.labels))
-        return TaskBatch(images, labels, self.positions, self.global_count)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "TaskBatch":
-        return TaskBatch(self.images.pin_memory(), self.labels.pin_memory(), self.positions, self.global_count)
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, act: Callable[[Tensor], Tensor]) -> "TaskBatch":
+        mix_labels, mix_weight = (None if x is None else act(x) for x in (self.mix_labels, self.mix_weight))
+        return TaskBatch(act(self.images), act(self.labels), self.positions, self.global_count, mix_labels, mix_weight)
 
 
 @dataclass
@@ -102,8 +109,7 @@ class Batches(Dataset[Batch]):
         tasks: dict[str, TaskBatch] = {}
         skipped: dict[str, list[int]] = {}
         for name, (positions, draws, global_count) in self.draws(i).items():
-            images, labels, skipped[name] = _load(self.sources[name], draws)
-            tasks[name] = TaskBatch(images, labels, positions, global_count)
+            tasks[name], skipped[name] = _load(self.sources[name], draws, positions, global_count)
         return Batch(*divmod(i, self.accumulation), tasks, skipped)
 
     def draws(self, i: int) -> dict[str, tuple[range, list[int], int]]:
@@ -123,15 +129,24 @@ class Batches(Dataset[Batch]):
         return found
 
 
-def _load(source: TrainSource, draws: Sequence[int]) -> tuple[Tensor, Tensor, list[int]]:
-    """Images, labels, and the indices of the images among them that could not be read."""
+def _load(
+    source: TrainSource, draws: Sequence[int], positions: range, global_count: int
+) -> tuple[TaskBatch, list[int]]:
+    """The samples of these draws, and the indices of the images among them that could not be read."""
     images = np.empty((len(draws), 3, *source.task.input), dtype=np.uint8)
     labels = np.empty(len(draws), dtype=np.int64)
+    mix_labels, mix_weight = np.empty_like(labels), np.empty(len(draws), dtype=np.float32)
     all_skipped = []
     for n, draw in enumerate(draws):
-        images[n], labels[n], skipped = source.load(draw)
+        if source.task.augment.mixes:
+            images[n], labels[n], mix_labels[n], mix_weight[n], skipped = source.load_mixed(draw)
+        else:
+            images[n], labels[n], skipped = source.load(draw)
         all_skipped += skipped
-    return torch.from_numpy(images), torch.from_numpy(labels), all_skipped
+    part = TaskBatch(torch.from_numpy(images), torch.from_numpy(labels), positions, global_count)
+    if source.task.augment.mixes:
+        part.mix_labels, part.mix_weight = torch.from_numpy(mix_labels), torch.from_numpy(mix_weight)
+    return part, all_skipped
 
 
 def loader(dataset: Batches, start: int, stop: int, workers: int, pin: bool) -> Iterator[Batch]:

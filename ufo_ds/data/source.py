@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ufo_ds.data.augmentation import augmented
+from ufo_ds.data.augmentation import CROP_ATTEMPTS, augmented, crop_box
+from ufo_ds.data.mixup import draw_mixing, mixed
 from ufo_ds.data.sampling import EpochOrder, PKOrder, WindowOrder
 from ufo_ds.data.shards import DEFAULT_CACHE, ShardSet
-from ufo_ds.data.transforms import CorruptImage, channels_first, evaluation_transform, resized_pixels
+from ufo_ds.data.transforms import CorruptImage, cropped_pixels, evaluation_transform, image_size, resized_pixels
 from ufo_ds.errors import UserError
 from ufo_ds.recipe import ShardCache
 from ufo_ds.recipe_task import Task
@@ -82,28 +83,53 @@ class TrainSource:
         return self._order.index(draw)
 
     def load(self, draw: int) -> tuple[np.ndarray, int, list[int]]:
-        """Read, turn and augment the image of a draw.
+        """Read, turn and augment the image of a draw; :meth:`load_mixed` mixes it with another one.
 
         An unreadable image is replaced by the next readable one of its label, or of any label if it has none.
 
         Returns:
-            uint8 [3, H, W], its label, and the indices of the images that could not be read.
+            uint8 [3, H, W], maybe a view, its label, and the indices of the images that could not be read.
 
         Raises:
             UserError: no image of the task can be read.
         """
-        generator = numpy_generator(self.seed, "augment", self.task.name, draw)
+        return self._sample(self.index(draw), numpy_generator(self.seed, "augment", self.task.name, draw))
+
+    def load_mixed(self, draw: int) -> tuple[np.ndarray, int, int, float, list[int]]:
+        """:meth:`load`, and where a draw is to be mixed, with any other image of the task, read for this alone.
+
+        Returns:
+            uint8 [3, H, W], maybe a view, its label, the label of the other image, the weight of the first, and the
+            indices of the images that could not be read. Without another image it is the same label twice.
+
+        Raises:
+            UserError: no image of the task can be read.
+        """
+        pixels_CHW, label, skipped = self.load(draw)
+        generator = numpy_generator(self.seed, "mix", self.task.name, draw)
+        mixing = draw_mixing(self.task.augment, generator)
+        if mixing is None:
+            return pixels_CHW, label, label, 1.0, skipped
+        other = int(generator.integers(len(self)))
+        other_CHW, other_label, more = self._sample(other, numpy_generator(self.seed, "partner", self.task.name, draw))
+        mixed_CHW, weight = mixed(pixels_CHW, other_CHW, mixing)
+        return mixed_CHW, label, other_label, weight, skipped + more
+
+    def _sample(self, sample: int, generator: np.random.Generator) -> tuple[np.ndarray, int, list[int]]:
+        """For :meth:`load`."""
+        augment = self.task.augment
+        u_4A = generator.random((4, CROP_ATTEMPTS)) if augment.random_resized_crop else None
         skipped: list[int] = []
-        turn, image = divmod(self.index(draw), len(self))
+        turn, image = divmod(sample, len(self))
         for index in self._candidates(image):
             try:
-                pixels_HWC = self._resized(index)
+                pixels_HWC = self._resized(index) if u_4A is None else self._cropped(index, u_4A)
             except CorruptImage:
                 skipped.append(index)
                 continue
-            pixels_HWC = augmented(np.rot90(pixels_HWC, turn), self.task.input, self.task.augment, generator)
+            pixels_HWC = augmented(np.rot90(pixels_HWC, turn), self.task.input, augment, generator)
             label = int(self.labels[index]) + turn * self._classes_per_turn
-            return channels_first(pixels_HWC), label, skipped
+            return pixels_HWC.transpose(2, 0, 1), label, skipped
         raise UserError(f"task {self.task.name}: none of its {len(self)} images can be read: make its shards again")
 
     def pixels(self, index: int) -> np.ndarray:
@@ -111,13 +137,21 @@ class TrainSource:
         return evaluation_transform(self._read(index), self.task.input)
 
     def _resized(self, index: int) -> np.ndarray:
-        """A training image before all that is random, uint8 [H, W, 3], read-only."""
+        """A training image before all that is random, uint8 [H, W, 3], not to be changed."""
         if self._cache is not None and index in self._cache:
             return self._cache[index]
-        pixels_HWC = resized_pixels(self._read(index), self.task.augment.resize or self.task.input)
+        augment = self.task.augment
+        pixels_HWC = resized_pixels(self._read(index), augment.resize or self.task.input, augment.interpolation)
         if self._cache is not None:
             self._cache[index] = pixels_HWC
         return pixels_HWC
+
+    def _cropped(self, index: int, u_4A: np.ndarray) -> np.ndarray:
+        """A random part of a training image, uint8 [H, W, 3]."""
+        data, augment = self._read(index), self.task.augment
+        assert augment.random_resized_crop is not None
+        box = crop_box(image_size(data), augment.random_resized_crop, u_4A)
+        return cropped_pixels(data, box, self.task.input, augment.interpolation or "bilinear")
 
     def _read(self, index: int) -> bytes:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1

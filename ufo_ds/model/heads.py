@@ -18,6 +18,7 @@ from ufo_ds.seeding import torch_generator
 
 LOSSES = ("cross_entropy", "cosface", "am_softmax", "arcface", "circle", "triplet")
 Moment = tuple[int, int]  # step, micro-step
+Mix = tuple[Tensor, Tensor]  # labels of the images that samples are mixed with, weights of the samples' own, each [B]
 
 
 class BatchNormNeck(nn.Module):
@@ -103,6 +104,7 @@ class TaskHead(nn.Module):
         labels_B: Tensor | None = None,
         global_count: int = 0,
         moment: Moment = (0, 0),
+        mix: Mix | None = None,
     ) -> Tensor | Outputs:
         """With labels the losses, without them the outputs.
 
@@ -111,6 +113,8 @@ class TaskHead(nn.Module):
             labels_B: their classes.
             global_count: samples of the task in the micro-batch on all processes.
             moment: of training.
+            mix: of samples that are mixed, for a linear head: its loss is then the weighted mean of those of both
+                labels, which is cross-entropy with soft targets.
 
         Returns:
             One value for each of :data:`LOSSES` (0 where the task has none): the weighted sum over this process's
@@ -123,7 +127,7 @@ class TaskHead(nn.Module):
             if self.options.sharded and self.options.type == "margin":
                 return Outputs(embedding_BD, embedding_BD[:, :0])
             return Outputs(embedding_BD, self.classifier(embedding_BD))
-        values = self._classification(embedding_BD, labels_B, global_count, moment)
+        values = self._classification(embedding_BD, labels_B, global_count, moment, mix)
         if (triplet := self.loss.triplet) is not None:
             features_BD = F.normalize(embedding_BD.float()) if triplet.normalize else features_BD.float()
             counts = self.group.counts(global_count)
@@ -135,7 +139,7 @@ class TaskHead(nn.Module):
         return torch.stack([values.get(name, zero).sum() for name in LOSSES]) / max(global_count, 1)
 
     def _classification(
-        self, embedding_BD: Tensor, labels_B: Tensor, global_count: int, moment: Moment
+        self, embedding_BD: Tensor, labels_B: Tensor, global_count: int, moment: Moment, mix: Mix | None
     ) -> dict[str, Tensor]:
         """Weighted losses ``[B]`` by the classifier. Where its rows are spread, every process computes the logits of
         all samples for its rows, and takes the losses of its own samples."""
@@ -149,19 +153,27 @@ class TaskHead(nn.Module):
             present = labels_X if sharded else self.group.all_gather(labels_B, counts)
             chosen, position_C = self._sample(present, moment)
         logits_XC = self.classifier.logits(samples_XD, chosen)
-        columns_X = self._columns(labels_X, position_C)
-        values = {}
-        for name in LOSSES:
-            options = getattr(self.loss, name)
-            if options is None or name == "triplet":
-                continue
+
+        def loss_of(options: CrossEntropy | CosFace | ArcFace | Circle, labels_X: Tensor) -> Tensor:
+            columns_X = self._columns(labels_X, position_C)
             loss_X = losses.cross_entropy(
                 _with_margin(options, logits_XC, columns_X),
                 columns_X,
                 options.label_smoothing if isinstance(options, CrossEntropy) else 0.0,
                 self.group if sharded else None,
             )
-            values[name] = options.weight * (loss_X.split(counts)[self.group.part] if sharded else loss_X)
+            return options.weight * (loss_X.split(counts)[self.group.part] if sharded else loss_X)
+
+        values = {}
+        for name in LOSSES:
+            options = getattr(self.loss, name)
+            if options is None or name == "triplet":
+                continue
+            values[name] = loss_of(options, labels_X)
+            if mix is not None:
+                others_B, weight_B = mix
+                others_X = self.group.all_gather(others_B, counts) if sharded else others_B
+                values[name] = weight_B * values[name] + (1 - weight_B) * loss_of(options, others_X)
         return values
 
     def _columns(self, labels_X: Tensor, position_C: Tensor | None) -> Tensor:
@@ -208,12 +220,14 @@ class TaskHeads(nn.ModuleDict):
         labels: Mapping[str, Tensor] | None = None,
         global_counts: Mapping[str, int] | None = None,
         moment: Moment = (0, 0),
+        mixes: Mapping[str, Mix] | None = None,
     ) -> Tensor | dict[str, Outputs]:
         """``segments`` have one row per image. With ``labels`` and ``global_counts`` the losses of every segment's
-        task ``[tasks, len(LOSSES)]``, without them its outputs."""
+        task ``[tasks, len(LOSSES)]``, without them its outputs. ``mixes``: of the tasks that mix samples."""
         rows = dict(zip([s.task for s in segments], split(features_BD, segments), strict=True))
         if labels is None or global_counts is None:
             return {task: self[task](x_BD) for task, x_BD in rows.items()}
         return torch.stack([
-            self[task](x_BD, labels[task], global_counts[task], moment) for task, x_BD in rows.items()
+            self[task](x_BD, labels[task], global_counts[task], moment, (mixes or {}).get(task))
+            for task, x_BD in rows.items()
         ])  # fmt: skip

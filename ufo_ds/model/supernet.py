@@ -210,6 +210,11 @@ class Supernet(nn.Module):
             {name: task.labels for name, task in batch.tasks.items()},
             {name: task.global_count for name, task in batch.tasks.items()},
             (batch.step, batch.micro_step),
+            {
+                name: (task.mix_labels, task.mix_weight)
+                for name, task in batch.tasks.items()
+                if task.mix_labels is not None and task.mix_weight is not None
+            },
         )
 
     def segment(self, task: str, images: Tensor) -> Segment:

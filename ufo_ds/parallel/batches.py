@@ -12,15 +12,15 @@ from ufo_ds.parallel.placement import Placement
 def exchange_samples(batch: Batch, placement: Placement, rank: int, samples: dict[str, int]) -> Batch:
     """Turn a batch read by :meth:`Placement.read_evenly` into the one :meth:`Placement.owned` would have read.
 
-    One all-to-all of bytes: images, then labels, task by task. All sizes follow from the placement.
+    One all-to-all of bytes: images, labels and what a mixing task has beside them, task by task. All sizes follow from
+    the placement.
     """
     size, mine = placement.ep_size, placement.tasks_of[placement.ep_rank(rank)]
     first = placement.replica(rank) * size
     read_by = [placement.read_evenly(first + e, samples) for e in range(size)]
-    pixels = {name: task.images.shape[1:] for name, task in batch.tasks.items()}
 
     def nbytes(task: str, images: int) -> int:
-        return images * (pixels[task].numel() + 8)
+        return images * sum(x.shape[1:].numel() * x.element_size() for x in _tensors(batch.tasks[task]))
 
     outgoing = [[_to_bytes(batch.tasks[task]) for task in tasks] for tasks in placement.tasks_of]
     send = [sum(map(len, pieces)) for pieces in outgoing]
@@ -35,27 +35,30 @@ def exchange_samples(batch: Batch, placement: Placement, rank: int, samples: dic
         group=groups._get_expert_parallel_group(f"ep_size_{size}"),
     )
     pieces = iter(flat.split([nbytes(task, len(read[task])) for read in read_by for task in mine]))
-    parts: dict[str, list[tuple[Tensor, Tensor]]] = {task: [] for task in mine}
+    parts: dict[str, list[list[Tensor]]] = {task: [] for task in mine}
     for read in read_by:
         for task in mine:
-            parts[task].append(_from_bytes(next(pieces), len(read[task]), pixels[task]))
+            parts[task].append(_from_bytes(next(pieces), len(read[task]), _tensors(batch.tasks[task])))
     owned = placement.owned(rank, samples)
-    tasks = {
-        task: TaskBatch(
-            images=torch.cat([images for images, _ in parts[task]]),
-            labels=torch.cat([labels for _, labels in parts[task]]),
-            positions=owned[task],
-            global_count=samples[task],
-        )
-        for task in mine
-    }
+    tasks = {}
+    for task in mine:
+        images, labels, *mix = (torch.cat(pieces) for pieces in zip(*parts[task], strict=True))
+        tasks[task] = TaskBatch(images, labels, owned[task], samples[task], *mix)
     return Batch(batch.step, batch.micro_step, tasks, batch.skipped)
 
 
+def _tensors(task: TaskBatch) -> list[Tensor]:
+    """What travels; all ranks have the same of a task, be it without samples."""
+    return [x for x in (task.images, task.labels, task.mix_labels, task.mix_weight) if x is not None]
+
+
 def _to_bytes(task: TaskBatch) -> Tensor:
-    return torch.cat([task.images.flatten(), task.labels.view(torch.uint8)])
+    return torch.cat([x.flatten().view(torch.uint8) for x in _tensors(task)])
 
 
-def _from_bytes(data: Tensor, count: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    images, labels = data.split([count * shape.numel(), count * 8])
-    return images.view(count, *shape), labels.clone().view(torch.int64)
+def _from_bytes(data: Tensor, count: int, like: list[Tensor]) -> list[Tensor]:
+    sizes = [count * x.shape[1:].numel() * x.element_size() for x in like]
+    # A copy of each, as a view of wider numbers has to begin at a multiple of their size.
+    return [
+        piece.clone().view(x.dtype).view(count, *x.shape[1:]) for piece, x in zip(data.split(sizes), like, strict=True)
+    ]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ufo_ds.model.classifiers import parts
 from ufo_ds.model.experts import RoutedUnit, TaskExperts
-from ufo_ds.model.heads import Moment, Outputs, TaskHead, TaskHeads
+from ufo_ds.model.heads import Mix, Moment, Outputs, TaskHead, TaskHeads
 from ufo_ds.model.packing import Segment, concatenate, overlap, split
 from ufo_ds.model.supernet import Supernet
 from ufo_ds.parallel.collectives import RankGroup, all_to_all
@@ -128,14 +128,16 @@ class ExpertParallelHeads(_ExpertParallel):
         labels: Mapping[str, Tensor] | None = None,
         global_counts: Mapping[str, int] | None = None,
         moment: Moment = (0, 0),
+        mixes: Mapping[str, Mix] | None = None,
     ) -> Tensor | dict[str, Outputs]:
         """As :class:`TaskHeads`, for every slot: an empty one's losses are zero and keep its parameters in the
         graph."""
-        local = list(segments)
+        local, mixes = list(segments), mixes or {}
         if self.exchange is not None and labels is not None:
-            labels_B = torch.cat([labels[s.task] for s in segments])
             features_BD, local = self.exchange.dispatch(features_BD, segments)
-            labels_B, _ = self.exchange.dispatch(labels_B, segments)
+            if mixes:  # all ranks have the same tasks here, so all are here or none
+                mixes = self._dispatch_mixes(mixes, labels, segments)
+            labels_B, _ = self.exchange.dispatch(torch.cat([labels[s.task] for s in segments]), segments)
             labels = dict(zip([s.task for s in local], split(labels_B, local), strict=True))
         rows = dict(zip([s.task for s in local], split(features_BD, local) if local else [], strict=True))
         if labels is None or global_counts is None:
@@ -143,9 +145,22 @@ class ExpertParallelHeads(_ExpertParallel):
         no_labels = torch.empty(0, dtype=torch.int64, device=features_BD.device)
         return torch.stack([
             getattr(self, slot)(
-                rows.get(slot, features_BD[:0]), labels.get(slot, no_labels), global_counts.get(slot, 0), moment
+                rows.get(slot, features_BD[:0]), labels.get(slot, no_labels), global_counts.get(slot, 0), moment,
+                mixes.get(slot),
             ) for slot in self.slots
         ])  # fmt: skip
+
+    def _dispatch_mixes(
+        self, mixes: Mapping[str, Mix], labels: Mapping[str, Tensor], segments: Sequence[Segment]
+    ) -> dict[str, Mix]:
+        """To the ranks of the heads; tasks that do not mix send their labels and weights of one, which are dropped."""
+        assert self.exchange is not None
+        pairs = [mixes.get(s.task, (labels[s.task], torch.ones_like(labels[s.task], dtype=torch.float32)))
+                 for s in segments]  # fmt: skip
+        labels_B, local = self.exchange.dispatch(torch.cat([pair[0] for pair in pairs]), segments)
+        weight_B, _ = self.exchange.dispatch(torch.cat([pair[1] for pair in pairs]), segments)
+        both = zip(local, split(labels_B, local), split(weight_B, local), strict=True) if local else []
+        return {s.task: (of_labels, of_weight) for s, of_labels, of_weight in both if s.task in mixes}
 
 
 def sharded_slots(placement: Placement, sharded: set[str]) -> set[int]:
