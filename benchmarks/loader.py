@@ -255,7 +255,9 @@ def large_source(name: str, directory: str) -> TrainSource:
              "length": small._length}  # fmt: skip
     times = -(-SAMPLES // len(small))
     tiled = {key: np.tile(values, times)[:SAMPLES] for key, values in index.items()}
-    return TrainSource(make_task(name, directory), 0, [ShardSet(small.directory, small.manifest, tiled)])
+    return TrainSource(
+        make_task(name, directory), 0, [ShardSet(small.name, small.manifest, tiled, small.tars, small._store)]
+    )
 
 
 def worker_memory(directory: str, tasks: int) -> dict[str, float]:

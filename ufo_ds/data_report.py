@@ -24,7 +24,7 @@ from typing import Any
 from ufo_ds import checkpoint, recipe_file
 from ufo_ds.data import audit_page, batch_picture, summary
 from ufo_ds.data.audit import Audit, BenchmarkPart, TrainPart, audit, counts_of
-from ufo_ds.data.source import TrainSource
+from ufo_ds.data.source import open_sources
 from ufo_ds.errors import UserError
 from ufo_ds.recipe import Recipe
 
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _figures(recipe: Recipe, out: Path) -> tuple[dict[str, Any], Iterator[str]]:
-    sources = {task.name: TrainSource.open(task, recipe.seed) for task in recipe.tasks}
+    recipe, sources = open_sources(recipe, accumulation=1)
     tasks, benchmarks = summary.task_figures(recipe, sources), summary.benchmark_figures(recipe)
     title = f"{recipe.name}: the first images of training, seed {recipe.seed}"
     picture = batch_picture.draw(recipe.tasks, sources, title)
@@ -64,7 +64,7 @@ def _figures(recipe: Recipe, out: Path) -> tuple[dict[str, Any], Iterator[str]]:
 def _audit(recipe: Recipe, out: Path) -> tuple[dict[str, Any], Iterator[str]]:
     found = audit(recipe)
     checkpoint.write_text(out / "audit.json", found.to_json())
-    checkpoint.write_text(out / "audit.html", audit_page.page(found))
+    checkpoint.write_text(out / "audit.html", audit_page.page(found, recipe.data.shard_cache))
     print(f"{out / 'audit.json'}, {out / 'audit.html'}", file=sys.stderr)
     overlaps = []
     for train, test, pairs in found.overlaps():

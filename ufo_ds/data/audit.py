@@ -129,7 +129,9 @@ def audit(recipe: Recipe) -> Audit:
     directories = [shards for _, shards in train] + [
         path for _, benchmark in test for path in parts(benchmark).values()
     ]
-    prints = {path: Fingerprints.of(ShardSet.open(path), path) for path in dict.fromkeys(directories)}
+    prints = {
+        path: Fingerprints.of(ShardSet.open(path, recipe.data.shard_cache), path) for path in dict.fromkeys(directories)
+    }
     found: dict[tuple[str, str], list[Match]] = {}
     train_parts = [
         TrainPart(task=task, shards=path, samples=len(prints[path].readable), unreadable=_unreadable(prints[path]))
@@ -137,7 +139,7 @@ def audit(recipe: Recipe) -> Audit:
     ]
     test_parts, pairs = [], []
     for key, benchmark in test:
-        data = digest(*(EvaluationSet.open(path) for path in parts(benchmark).values()))
+        data = digest(*(EvaluationSet.open(path, recipe.data.shard_cache) for path in parts(benchmark).values()))
         for part, path in parts(benchmark).items():
             entry = BenchmarkPart(
                 benchmark=key, part=part, shards=path, samples=len(prints[path].readable),

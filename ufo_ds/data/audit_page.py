@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from PIL import Image
 
 from ufo_ds.data.audit import Audit, BenchmarkPart, Pair, TrainPart, counts_of
-from ufo_ds.data.shards import ShardSet
+from ufo_ds.data.shards import DEFAULT_CACHE, ShardSet
 from ufo_ds.data.transforms import decode
+from ufo_ds.recipe import ShardCache
 
 _SHOWN = 60  # pairs of a training set with a part of a benchmark, the nearest ones; each test image once
 _SIDE = 160  # of a picture, in pixels
@@ -32,16 +33,16 @@ figcaption { font-size: 0.8em; max-width: 330px; overflow-wrap: anywhere; }
 """
 
 
-def page(audit: Audit) -> str:
+def page(audit: Audit, cache: ShardCache = DEFAULT_CACHE) -> str:
     """A complete HTML document; the images are read again from their shards.
 
     Raises:
         UserError: shards that are missing or damaged.
     """
-    return "\n".join(_lines(audit)) + "\n"
+    return "\n".join(_lines(audit, cache)) + "\n"
 
 
-def _lines(audit: Audit) -> Iterator[str]:
+def _lines(audit: Audit, cache: ShardCache) -> Iterator[str]:
     title = f"Training images in the tests of {html.escape(audit.recipe)}"
     yield f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
     yield f"<style>{_STYLE}</style></head><body>"
@@ -58,7 +59,7 @@ def _lines(audit: Audit) -> Iterator[str]:
     shards: dict[str, ShardSet] = {}
     for train, test, pairs in found:
         for path in (train.shards, test.shards):
-            shards.setdefault(path, ShardSet.open(path))
+            shards.setdefault(path, ShardSet.open(path, cache))
         yield from _section(train, test, pairs, shards[train.shards], shards[test.shards])
     if clean := [entry for entry in overlaps if not entry[2]]:  # too many to read where there are many tasks
         yield f"<h2>Without overlap</h2><details><summary>{len(clean)} combinations</summary>"

@@ -6,11 +6,12 @@ import numpy as np
 
 from ufo_ds.data.augmentation import CROP_ATTEMPTS, augmented, crop_box
 from ufo_ds.data.mixup import draw_mixing, mixed
+from ufo_ds.data.ratios import with_counts
 from ufo_ds.data.sampling import EpochOrder, PKOrder, WindowOrder
 from ufo_ds.data.shards import DEFAULT_CACHE, ShardSet
 from ufo_ds.data.transforms import CorruptImage, cropped_pixels, evaluation_transform, image_size, resized_pixels
 from ufo_ds.errors import UserError
-from ufo_ds.recipe import ShardCache
+from ufo_ds.recipe import Recipe, ShardCache
 from ufo_ds.recipe_task import Task
 from ufo_ds.seeding import numpy_generator
 
@@ -168,6 +169,28 @@ class TrainSource:
         for other in range(index + 1, index + len(self)):
             if self.labels[other % len(self)] != label:
                 yield other % len(self)
+
+
+def open_sources(recipe: Recipe, accumulation: int) -> tuple[Recipe, dict[str, TrainSource]]:
+    """Open the training data of all tasks.
+
+    Args:
+        accumulation: micro-batches per step.
+
+    Returns:
+        The recipe with ``samples_per_step`` for every task, and the sources by task.
+
+    Raises:
+        UserError: shards that cannot be opened, or that do not go with the recipe.
+    """
+    data = recipe.data
+    sets = {task.name: open_sets(task, data.shard_cache) for task in recipe.tasks}
+    recipe = with_counts(recipe, {name: sum(map(len, own)) for name, own in sets.items()}, accumulation)
+    sources = {
+        task.name: TrainSource(task, recipe.seed, sets[task.name], data.cache, data.shuffle_shards)
+        for task in recipe.tasks
+    }
+    return recipe, sources
 
 
 def open_sets(task: Task, cache: ShardCache = DEFAULT_CACHE) -> list[ShardSet]:

@@ -45,10 +45,7 @@ class BenchmarkFigures:
 
 
 def task_figures(recipe: Recipe, sources: dict[str, TrainSource]) -> list[TaskFigures]:
-    """
-    Raises:
-        UserError: shards that are missing or damaged.
-    """
+    """Of every task; the recipe's have ``samples_per_step``."""
     figures = []
     for task in recipe.tasks:
         turns = 4 if task.quarter_turns else 1
@@ -59,10 +56,10 @@ def task_figures(recipe: Recipe, sources: dict[str, TrainSource]) -> list[TaskFi
                 task=task.name,
                 samples=samples,
                 classes=classes,
-                shards=sum(len(ShardSet.open(entry.shards).manifest.shards) for entry in task.train),
+                shards=sources[task.name].shards,
                 samples_per_step=task.samples_per_step,
                 identities_per_step=p,
-                steps_per_epoch=classes // p if p else samples / task.samples_per_step,
+                steps_per_epoch=sources[task.name].steps_per_epoch,
                 images_per_identity=(int(images.min()), float(np.median(images)), int(images.max())) if p else None,
             )
         )
@@ -78,7 +75,7 @@ def benchmark_figures(recipe: Recipe) -> list[BenchmarkFigures]:
     for task in recipe.tasks:
         for benchmark in task.benchmarks:
             for part, directory in parts(benchmark).items():
-                shards = ShardSet.open(directory)
+                shards = ShardSet.open(directory, recipe.data.shard_cache)
                 pairs = None if shards.pairs is None else len(shards.pairs)
                 figures.append(
                     BenchmarkFigures(

@@ -35,7 +35,8 @@ def left_out(path: Path, trained: Recipe, evaluated: Recipe) -> LeftOut:
     for task in evaluated.tasks:
         for benchmark in task.benchmarks:
             key, directories = f"{task.name}/{benchmark.name}", parts(benchmark)
-            if data_of.get(key) != digest(*(EvaluationSet.open(directory) for directory in directories.values())):
+            cache = evaluated.data.shard_cache
+            if data_of.get(key) != digest(*(EvaluationSet.open(path, cache) for path in directories.values())):
                 raise UserError(f"--audit {path} {'is of another' if key in data_of else 'lacks'} {key}: {again}")
             found[key] = {directory: set() for directory in directories.values()}
             for pair in audit.pairs:

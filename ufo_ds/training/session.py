@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ufo_ds.data.ratios import with_counts
-from ufo_ds.data.source import TrainSource, open_sets
+from ufo_ds.data.source import TrainSource, open_sources
 from ufo_ds.errors import UserError
 from ufo_ds.evaluation import benchmarks
 from ufo_ds.parallel import checkpoint
@@ -31,13 +30,8 @@ def train(recipe: Recipe, config: DistributedConfig, run_dir: Path) -> dict[str,
         torch.set_num_threads(1)  # ranks that share cores and each take all of them are many times slower
     try:
         _make_demo_shards(recipe, rank)
-        sets = {task.name: open_sets(task, recipe.data.shard_cache) for task in recipe.tasks}
-        recipe = with_counts(recipe, {name: sum(map(len, own)) for name, own in sets.items()}, config.accumulation)
+        recipe, sources = open_sources(recipe, config.accumulation)
         last = resume_from(run_dir, recipe)
-        sources = {
-            task.name: TrainSource(task, recipe.seed, sets[task.name], recipe.data.cache, recipe.data.shuffle_shards)
-            for task in recipe.tasks
-        }
         images = benchmarks.open_images(recipe)
         benchmarks.check(recipe, images, {name: source.classes for name, source in sources.items()})
         num_classes = {name: source.num_classes for name, source in sources.items()}
