@@ -139,7 +139,7 @@ def audit(recipe: Recipe) -> Audit:
     ]
     test_parts, pairs = [], []
     for key, benchmark in test:
-        data = digest(*(EvaluationSet.open(path, recipe.data.shard_cache) for path in parts(benchmark).values()))
+        data = digest(*(EvaluationSet.open(path, cache) for path in parts(benchmark).values()))
         for part, path in parts(benchmark).items():
             entry = BenchmarkPart(
                 benchmark=key, part=part, shards=path, samples=len(prints[path].readable),
