@@ -129,9 +129,8 @@ def audit(recipe: Recipe) -> Audit:
     directories = [shards for _, shards in train] + [
         path for _, benchmark in test for path in parts(benchmark).values()
     ]
-    prints = {
-        path: Fingerprints.of(ShardSet.open(path, recipe.data.shard_cache), path) for path in dict.fromkeys(directories)
-    }
+    cache = recipe.data.shard_cache
+    prints = {path: Fingerprints.of(ShardSet.open(path, cache), path) for path in dict.fromkeys(directories)}
     found: dict[tuple[str, str], list[Match]] = {}
     train_parts = [
         TrainPart(task=task, shards=path, samples=len(prints[path].readable), unreadable=_unreadable(prints[path]))
