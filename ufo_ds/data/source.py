@@ -1,5 +1,7 @@
 """The training data of one task: its shard sets joined, its sample order, and the replacement of unreadable images."""
 
+import bisect
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -47,7 +49,7 @@ class TrainSource:
         self.labels = np.concatenate(labels)
         self.licences = list(dict.fromkeys(shards.licence for shards in sets))
         self._sets = sets
-        self._starts = np.cumsum([0] + [len(shards) for shards in sets])
+        self._starts = list(itertools.accumulate([len(shards) for shards in sets], initial=0))
         self._by_label = np.argsort(self.labels, kind="stable")
         self._cache: dict[int, np.ndarray] | None = {} if cache else None
         sizes = [size for shards in sets for size in shards.shard_sizes]
@@ -128,7 +130,9 @@ class TrainSource:
             except CorruptImage:
                 skipped.append(index)
                 continue
-            pixels_HWC = augmented(np.rot90(pixels_HWC, turn), self.task.input, augment, generator)
+            if turn:
+                pixels_HWC = np.rot90(pixels_HWC, turn)
+            pixels_HWC = augmented(pixels_HWC, self.task.input, augment, generator)
             label = int(self.labels[index]) + turn * self._classes_per_turn
             return pixels_HWC.transpose(2, 0, 1), label, skipped
         raise UserError(f"task {self.task.name}: none of its {len(self)} images can be read: make its shards again")
@@ -155,8 +159,8 @@ class TrainSource:
         return cropped_pixels(data, box, self.task.input, augment.interpolation or "bilinear")
 
     def _read(self, index: int) -> bytes:
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._sets[number].read(index - int(self._starts[number]))
+        number = bisect.bisect_right(self._starts, index) - 1
+        return self._sets[number].read(index - self._starts[number])
 
     def _candidates(self, index: int) -> Iterator[int]:
         """The image, then the others of its label, then all of other labels, each time cyclically from it on."""
