@@ -18,6 +18,8 @@ from PIL import Image, UnidentifiedImageError
 
 # Of an image's header, in any format: 512 MiB as RGB, and the number at which Pillow's own check raises.
 MAX_PIXELS = 178_956_970
+# Whatever a file is called; not those for which Pillow starts another program.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
 
 Interpolation = Literal["bilinear", "bicubic"]
 
@@ -48,7 +50,7 @@ def decode(data: bytes) -> Image.Image:
 def _open(data: bytes) -> Image.Image:
     """Read the header."""
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:  # its own message prints the BytesIO object
         raise CorruptImage("not an image") from None
     except Exception as error:
