@@ -23,7 +23,7 @@ demo: .venv/installed
 	@echo; for task in digits glyphs; do $(BIN)/ufo extract runs/demo --task $$task --out runs/demo/$$task --verify; done
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not matrix"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not matrix"
 
 test-matrix: .venv/installed
 	$(BIN)/python -m pytest -m matrix -s

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ufo_ds.data import open_small, shard_writer
 from ufo_ds.data.layouts import READERS, Layout
+from ufo_ds.data.shard_journal import check_absent
 from ufo_ds.data.shards import ShardSet, verify
 from ufo_ds.errors import UserError, run
 
@@ -61,8 +62,6 @@ def main(argv: list[str] | None = None) -> None:
 def _make(arguments: argparse.Namespace) -> list[ShardSet]:
     if arguments.layout == "open_small":
         return open_small.make(arguments.source, arguments.out, workers=arguments.workers)
-    if arguments.licence == UNKNOWN:
-        print("the licence of the images is noted as unknown: give it with --licence", file=sys.stderr)
     options = {
         "source": str(arguments.source),
         "licence": arguments.licence,
@@ -70,7 +69,10 @@ def _make(arguments: argparse.Namespace) -> list[ShardSet]:
         "max_corrupt": arguments.max_corrupt,
         "workers": arguments.workers,
     }
+    check_absent(arguments.out)  # before the time that reading takes
     read = READERS[arguments.layout](arguments.source)
+    if arguments.licence == UNKNOWN:
+        print("the licence of the images is noted as unknown: give it with --licence", file=sys.stderr)
     if isinstance(read, Layout):
         return [shard_writer.write(read, arguments.out, **options)]
     return shard_writer.write_parts(read, arguments.out, **options)
