@@ -110,7 +110,7 @@ def ijbc(tmp_path: Path) -> Path:
 
 def test_ijb(ijbc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shard_set = converted("ijb", ijbc, tmp_path / "out")
-    assert "6 samples, 3 classes, 0 cameras, 1 shards, 0 corrupt, 4 pairs, 0 dropped pairs" in capsys.readouterr().out
+    assert "6 samples, 3 classes, 0 cameras, 1 shard, 0 corrupt, 4 pairs, 0 dropped pairs" in capsys.readouterr().out
     for data in contents(shard_set):
         image = Image.open(io.BytesIO(data))
         assert (image.format, image.size, image.mode) == ("PNG", (112, 112), "RGB")

@@ -248,7 +248,7 @@ def test_a_set_becomes_shards(form: str, tmp_path: Path, capsys: pytest.CaptureF
     parts = make(source)
     command.main([layout, str(source), str(out)])
     printed = capsys.readouterr().out.splitlines()
-    assert [line.partition(" samples")[0] for line in printed] == [
+    assert [line.partition(" sample")[0] for line in printed] == [
         f"{out / part}: written, {len(samples)}" for part, samples in parts.items()
     ]
     assert sorted(path.name for path in out.iterdir()) == sorted(parts)

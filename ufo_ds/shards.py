@@ -79,8 +79,13 @@ def _make(arguments: argparse.Namespace) -> list[ShardSet]:
 
 
 def _line(summary: dict[str, str | int], verdict: str) -> str:
-    numbers = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in summary.items() if name in COUNTS)
+    counts = {name.replace("_", " "): value for name, value in summary.items() if name in COUNTS}
+    numbers = ", ".join(f"{value} {_one(name) if value == 1 else name}" for name, value in counts.items())
     return f"{summary['directory']}: {verdict}, {numbers}"
+
+
+def _one(plural: str) -> str:
+    return plural.removesuffix("es" if plural == "classes" else "s")
 
 
 def _summary(shard_set: ShardSet) -> dict[str, str | int]:
