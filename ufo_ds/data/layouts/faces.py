@@ -158,7 +158,7 @@ def _root(source: Path, where: str, first: str) -> Path:
 
 
 def _read_bin(file: Path) -> Layout:
-    content = restricted_pickle.load(file)
+    content = restricted_pickle.read(file)
     if not (isinstance(content, tuple | list) and len(content) == 2 and isinstance(content[0], list)):
         raise UserError(f"{file} does not hold a list of images and a list of truth values: give another file")
     images = [BinImage(file, number, _image(file, number, item)) for number, item in enumerate(content[0])]

@@ -58,7 +58,7 @@ class _Global:
         raise pickle.UnpicklingError("a function has no state")
 
 
-def load(file: Path) -> Any:
+def read(file: Path) -> Any:
     """Read a pickle of any protocol; the strings of Python 2 become bytes.
 
     Raises:
