@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ufo_ds import checkpoint, recipe_file
-from ufo_ds.data import audit_page, batch_picture, summary
+from ufo_ds.data import audit_page, batch_picture, demo_shards, summary
 from ufo_ds.data.audit import Audit, BenchmarkPart, TrainPart, audit, counts_of
 from ufo_ds.data.source import open_sources
 from ufo_ds.errors import UserError
@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     options, rest = parser.parse_known_args(argv)
     recipe = recipe_file.load(options.recipe, recipe_file.overrides_of(rest))
     _make_writable(options.out)
+    if demo_shards.reads_demo(recipe):
+        demo_shards.make_if_absent()
     values, lines = _audit(recipe, options.out) if options.audit else _figures(recipe, options.out)
     print(json.dumps(values) if options.json else "\n".join(lines))
 

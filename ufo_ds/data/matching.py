@@ -58,12 +58,13 @@ def matches(train: Fingerprints, test: Fingerprints) -> list[Match]:
     one core for a pair.
     """
     found: dict[tuple[int, int], Match] = {}
-    for kind, of_train, of_test in (
+    exact: list[tuple[Kind, np.ndarray, np.ndarray]] = [
         ("bytes", train.file_digests, test.file_digests),
         ("pixels", train.pixel_digests, test.pixel_digests),
-    ):
+    ]
+    for kind, of_train, of_test in exact:
         for i, j in _equal(of_train, train.readable, of_test, test.readable):
-            found.setdefault((i, j), Match(j, 0.0, 0, i, kind))  # type: ignore[arg-type]
+            found.setdefault((i, j), Match(j, 0.0, 0, i, kind))
     for match in _near(train, test):
         found.setdefault((match.train_index, match.test_index), match)
     return sorted(found.values())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ufo_ds.data import demo_shards
 from ufo_ds.data.source import TrainSource, open_sources
 from ufo_ds.errors import UserError
 from ufo_ds.evaluation import benchmarks
@@ -29,7 +30,10 @@ def train(recipe: Recipe, config: DistributedConfig, run_dir: Path) -> dict[str,
     if world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # ranks that share cores and each take all of them are many times slower
     try:
-        _make_demo_shards(recipe, rank)
+        if demo_shards.reads_demo(recipe):
+            if rank == 0:
+                demo_shards.make_if_absent()
+            Engine.wait_for_all()
         recipe, sources = open_sources(recipe, config.accumulation)
         last = resume_from(run_dir, recipe)
         images = benchmarks.open_images(recipe)
@@ -63,19 +67,6 @@ def train(recipe: Recipe, config: DistributedConfig, run_dir: Path) -> dict[str,
         raise
     finish_distributed()
     return metrics
-
-
-def _make_demo_shards(recipe: Recipe, rank: int) -> None:
-    """The demo brings its own data: made once, in seconds, where its recipe looks for it."""
-    directory = Path("data_shards/demo")
-    wanted = any(Path(entry.shards).is_relative_to(directory) for task in recipe.tasks for entry in task.train)
-    if wanted and not directory.exists() and rank == 0:
-        print(f"making the demo's shards in {directory} ...", flush=True)
-        from ufo_ds.data import demo  # takes seconds to import
-
-        demo.make(directory)
-    if wanted:
-        Engine.wait_for_all()
 
 
 def _open(run_dir: Path, recipe: Recipe, config: DistributedConfig, engine: Engine) -> RunDirectory | None:
