@@ -128,20 +128,22 @@ def test_verification_agrees_with_the_obvious_implementation(seed):
     features = generator.normal(size=(8, 5))[ids] + 0.7 * generator.normal(size=(80, 5))
     first, second = generator.integers(0, 80, (2, 300))
     pairs = np.stack([np.arange(300) // 60, first, second, ids[first] == ids[second]], axis=1)
-    assert verification.evaluate(features, pairs) == pytest.approx(slow_verification(features, pairs))
+    result, expected = verification.evaluate(features, pairs), slow_verification(features, pairs)
+    assert {name: result[name] for name in expected} == pytest.approx(expected)
 
 
 def test_verification_takes_the_smallest_of_equal_thresholds():
     pairs = np.array([[fold, 0, other, other == 1] for fold in (0, 1) for other in (1, 2)])
     result = verification.evaluate(on_circle(0, 0, 180), pairs)  # distances 0 and 4: all from .01 separate them
-    assert result == {"accuracy": 1.0, "accuracy_std": 0.0, "threshold": pytest.approx(0.01)}
+    assert result == {"accuracy": 1.0, "accuracy_std": 0.0, "threshold": pytest.approx(0.01), "auc": 1.0, "eer": 0.0}
 
 
-def test_verification_counts_nan_as_wrong():
+def test_verification_refuses_nan():
     features = on_circle(0, 0, 180, 0)
     features[3] = np.nan
     pairs = np.array([[fold, 0, other, same] for fold in (0, 1) for other, same in ((1, 1), (2, 0), (3, 0), (3, 1))])
-    assert verification.evaluate(features, pairs)["accuracy"] == 0.5
+    with pytest.raises(UserError, match="1 of 4 images are NaN or infinite, the first of image 3"):
+        verification.evaluate(features, pairs)
 
 
 def test_verification_refuses_a_single_fold():

@@ -1,11 +1,20 @@
-"""Verification, "are these two the same?", by the protocol of LFW (Huang et al., 2007)."""
+"""Verification, "are these two the same?", by the protocol of LFW (Huang et al., 2007), and the curve over thresholds.
+
+Accuracy is over folds, each judged by a threshold of the others. Area under the curve, equal error rate and TAR at a
+FAR are of all pairs together, by cosine similarity: ``roc.py`` has their definitions; TAR is pessimistic with ties.
+"""
 
 from collections.abc import Mapping
 
 import numpy as np
 
 from ufo_ds.errors import UserError
+from ufo_ds.evaluation import roc
 from ufo_ds.evaluation.retrieval import normalise
+from ufo_ds.evaluation.statistics import Items
+
+MAIN_METRIC = "accuracy"
+FARS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
 _THRESHOLDS = np.arange(0, 4, 0.01)  # squared L2 distance of two unit vectors: 0 equal, 4 opposite
 
@@ -27,10 +36,11 @@ def outcomes(features: np.ndarray, pairs: np.ndarray) -> dict[str, np.ndarray]:
         pairs: int64 [M, 4]: fold, index of the first image, index of the second, 1 if they are the same else 0.
 
     Returns:
-        Of every pair: ``right``, bool [M]; ``fold``, int [M]; ``threshold``, float [M], the one of its fold.
+        Of every pair: ``right``, bool [M]; ``fold``, int [M]; ``threshold``, float [M], the one of its fold;
+        ``similarity``, float32 [M], the cosine; ``same``, bool [M]; ``first`` and ``second``, int [M], its images.
 
     Raises:
-        UserError: fewer than two folds.
+        UserError: fewer than two folds, or a feature of a pair that is NaN or infinite.
     """
     fold_of, first, second = pairs[:, 0], pairs[:, 1], pairs[:, 2]
     same = pairs[:, 3] == 1
@@ -40,6 +50,7 @@ def outcomes(features: np.ndarray, pairs: np.ndarray) -> dict[str, np.ndarray]:
             f"verification: {len(pairs)} pairs in {len(folds)} folds; the threshold for one fold is chosen on the "
             f"others, so give the pairs of the benchmark at least 2 folds"
         )
+    check_finite(features, pairs[:, 1:3], "verification")
     features = normalise(features)
     distance = np.square(features[first] - features[second]).sum(axis=1)
     # Right answers [fold, threshold].
@@ -47,19 +58,75 @@ def outcomes(features: np.ndarray, pairs: np.ndarray) -> dict[str, np.ndarray]:
     best = np.argmax(right.sum(axis=0) - right, axis=1)  # the first of equals
     threshold = _THRESHOLDS[best][np.searchsorted(folds, fold_of)]
     judged = ((distance < threshold) == same) & ~np.isnan(distance)
-    return {"right": judged, "fold": fold_of, "threshold": threshold}
+    similarity = np.einsum("md,md->m", features[first], features[second]).astype(np.float32)
+    return {
+        "right": judged,
+        "fold": fold_of,
+        "threshold": threshold,
+        "similarity": similarity,
+        "same": same,
+        "first": first,
+        "second": second,
+    }
 
 
 def metrics(outcomes: Mapping[str, np.ndarray]) -> dict[str, float]:
     """``accuracy`` and ``accuracy_std`` (mean and standard deviation over folds, in 0..1), ``threshold`` (mean over
-    folds, a squared distance in 0..4)."""
+    folds, a squared distance in 0..4); where there are pairs of both kinds ``auc``, ``eer`` and ``tar@far=1e-2`` and
+    so on, at the FARs that the pairs can resolve."""
     folds, first = np.unique(outcomes["fold"], return_index=True)
     accuracy = np.array([outcomes["right"][outcomes["fold"] == fold].mean() for fold in folds])
-    return {
+    found = {
         "accuracy": float(accuracy.mean()),
         "accuracy_std": float(accuracy.std()),
         "threshold": float(outcomes["threshold"][first].mean()),
     }
+    similarity, same = outcomes["similarity"], outcomes["same"]
+    impostors = int((~same).sum())
+    if not 0 < impostors < len(same):
+        return found
+    above = roc.impostors_above(similarity, same)
+    found |= {"auc": roc.auc(similarity, same), "eer": roc.eer(similarity, same)}
+    return found | {roc.name_of(far): roc.tar_at(above, impostors, far) for far in roc.resolved(impostors, FARS)}
+
+
+def items(outcomes: Mapping[str, np.ndarray]) -> tuple[np.ndarray, Items]:
+    """Each pair's ``right``, float64 [M], and its weight in the mean over folds of means; its clusters are its two
+    identities, ``identity`` int [M, 2] of the outcomes."""
+    _, fold_M, sizes = np.unique(outcomes["fold"], return_inverse=True, return_counts=True)
+    return outcomes["right"].astype(np.float64), Items(1 / (len(sizes) * sizes[fold_M]), outcomes["identity"])
+
+
+def chance(outcomes: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """``accuracy`` of always the same answer, the more frequent one; ``auc``, ``eer`` and the TAR at each FAR of
+    similarities that know nothing."""
+    folds = np.unique(outcomes["fold"])
+    share = np.mean([outcomes["same"][outcomes["fold"] == fold].mean() for fold in folds])
+    found = {"accuracy": float(max(share, 1 - share))}
+    impostors = int((~outcomes["same"]).sum())
+    if not 0 < impostors < len(outcomes["same"]):
+        return found
+    return found | {"auc": 0.5, "eer": 0.5} | {roc.name_of(far): far for far in roc.resolved(impostors, FARS)}
+
+
+def check_finite(features: np.ndarray, used: np.ndarray, where: str) -> None:
+    """Refuse features that say nothing.
+
+    Args:
+        features: float [N, D].
+        used: int, rows that matter.
+        where: the protocol, for the message.
+
+    Raises:
+        UserError: one of those rows has a NaN or an infinite number.
+    """
+    rows = np.unique(used)
+    wrong = rows[~np.isfinite(features[rows]).all(axis=1)]
+    if wrong.size:
+        raise UserError(
+            f"{where}: the features of {wrong.size} of {len(rows)} images are NaN or infinite, the first of image "
+            f"{wrong[0]}: the model has diverged; evaluate an earlier checkpoint or train with a lower learning rate"
+        )
 
 
 def _right_answers(distance: np.ndarray, same: np.ndarray) -> np.ndarray:
