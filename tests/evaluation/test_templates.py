@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ufo_ds.data.layouts.layout import Templates
 from ufo_ds.errors import UserError
-from ufo_ds.evaluation import roc, templates
+from ufo_ds.evaluation import roc, templates, verification
 
 
 def test_by_hand():
@@ -55,7 +55,7 @@ def test_agrees_with_the_obvious_implementation(seed, block):
     chosen = np.column_stack([generator.choice(template, (len(same), 2)), same])
     of_images = Templates(template, media, score.astype(np.float32), chosen)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(templates, "_BLOCK", block)
+        patch.setattr(verification, "_BLOCK", block)
         found = templates.outcomes(features, of_images)
     similarity = slow_similarities(features, of_images)
     genuine, impostor = similarity[same == 1], similarity[same == 0]

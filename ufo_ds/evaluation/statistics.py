@@ -145,7 +145,13 @@ def _seeds(a_R: np.ndarray, b_R: np.ndarray) -> tuple[float, int] | None:
 
 
 def cluster_variance(value_N: np.ndarray, items: Items) -> float:
-    """Variance of the weighted mean of ``value_N`` over draws of clusters.
+    """Variance of the weighted mean of ``value_N`` over draws of clusters: of :func:`cluster_jackknife`."""
+    return cluster_jackknife(value_N, items)[0]
+
+
+def cluster_jackknife(value_N: np.ndarray, items: Items) -> tuple[float, np.ndarray]:
+    """Variance of the weighted mean of ``value_N`` over draws of clusters, and by how much the mean falls when each of
+    the clusters is left out, float64 [G].
 
     The jackknife over clusters, in closed form (CV3 of MacKinnon, Nielsen and Webb, 2023: on the safe side where
     clusters are few and of unequal size). Items of two identities correlate with every item that has one of them: to
@@ -168,7 +174,7 @@ def cluster_variance(value_N: np.ndarray, items: Items) -> float:
         pairs, pair_N = np.unique(pairs_N, return_inverse=True)
         squared_P = np.square(np.bincount(pair_N, residual_N))
         variance = max(variance - squared_P[pairs // count != pairs % count].sum(), squared_P.sum())
-    return float((count - 1) / count * variance)
+    return float((count - 1) / count * variance), left_out_G
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -19,12 +19,10 @@ from ufo_ds.errors import UserError
 from ufo_ds.evaluation import roc
 from ufo_ds.evaluation.retrieval import normalise
 from ufo_ds.evaluation.statistics import Items
-from ufo_ds.evaluation.verification import check_finite
+from ufo_ds.evaluation.verification import check_finite, similarities
 
 MAIN_FAR = 1e-4
 MAIN_METRIC = roc.name_of(MAIN_FAR)
-
-_BLOCK = 2**23  # numbers of gathered features held at a time for each side (32 MiB), however many pairs there are
 
 
 def evaluate(features: np.ndarray, templates: Templates) -> dict[str, float]:
@@ -53,16 +51,11 @@ def outcomes(features: np.ndarray, templates: Templates) -> dict[str, np.ndarray
             f"one of false accepts needs both: check the benchmark's pairs of templates"
         )
     numbers, features_TD = template_features(features, templates)
-    similarity = np.empty(len(same), dtype=np.float32)
-    block = max(1, _BLOCK // features_TD.shape[1])
-    for begin in range(0, len(same), block):
-        pairs_M2 = templates.pairs[begin : begin + block, :2]
-        rows_M2 = np.minimum(np.searchsorted(numbers, pairs_M2), len(numbers) - 1)
-        missing = pairs_M2[numbers[rows_M2] != pairs_M2]
-        if missing.size:
-            raise UserError(f"templates: template {missing[0]} of the pairs has no image: make the shards again")
-        one, other = rows_M2.T
-        similarity[begin : begin + block] = np.einsum("md,md->m", features_TD[one], features_TD[other])
+    rows_M2 = np.minimum(np.searchsorted(numbers, templates.pairs[:, :2]), len(numbers) - 1)
+    missing = templates.pairs[:, :2][numbers[rows_M2] != templates.pairs[:, :2]]
+    if missing.size:
+        raise UserError(f"templates: template {missing[0]} of the pairs has no image: make the shards again")
+    similarity = similarities(features_TD, features_TD, *rows_M2.T)
     return {
         "impostors_above": roc.impostors_above(similarity, same),
         "template": np.stack([first[same], second[same]], axis=1),

@@ -16,6 +16,7 @@ from ufo_ds.evaluation.statistics import Items
 MAIN_METRIC = "accuracy"
 FARS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
+_BLOCK = 2**23  # numbers of gathered features held at a time (32 MiB), however many pairs there are
 _THRESHOLDS = np.arange(0, 4, 0.01)  # squared L2 distance of two unit vectors: 0 equal, 4 opposite
 
 
@@ -58,12 +59,11 @@ def outcomes(features: np.ndarray, pairs: np.ndarray) -> dict[str, np.ndarray]:
     best = np.argmax(right.sum(axis=0) - right, axis=1)  # the first of equals
     threshold = _THRESHOLDS[best][np.searchsorted(folds, fold_of)]
     judged = ((distance < threshold) == same) & ~np.isnan(distance)
-    similarity = np.einsum("md,md->m", features[first], features[second]).astype(np.float32)
     return {
         "right": judged,
         "fold": fold_of,
         "threshold": threshold,
-        "similarity": similarity,
+        "similarity": similarities(features, features, first, second),
         "same": same,
         "first": first,
         "second": second,
@@ -107,6 +107,16 @@ def chance(outcomes: Mapping[str, np.ndarray]) -> dict[str, float]:
     if not 0 < impostors < len(outcomes["same"]):
         return found
     return found | {"auc": 0.5, "eer": 0.5} | {roc.name_of(far): far for far in roc.resolved(impostors, FARS)}
+
+
+def similarities(one_ND: np.ndarray, other_ND: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Dot products of row ``first[m]`` of one and row ``second[m]`` of the other, float32 [M], block by block."""
+    found = np.empty(len(first), dtype=np.float32)
+    block = max(1, _BLOCK // one_ND.shape[1])
+    for begin in range(0, len(found), block):
+        chosen = slice(begin, begin + block)
+        found[chosen] = np.einsum("md,md->m", one_ND[first[chosen]], other_ND[second[chosen]])
+    return found
 
 
 def check_finite(features: np.ndarray, used: np.ndarray, where: str) -> None:

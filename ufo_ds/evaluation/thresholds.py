@@ -1,0 +1,225 @@
+"""Which threshold to use: for a false accept rate (FAR) that one can live with, and as a probability.
+
+What a threshold does on the pairs it was chosen on is not what it will do on other people. Pairs share identities, and
+some people resemble many others ("lambs" of Doddington et al., 1998), so a thousand pairs say less than a thousand
+independent ones. The intervals are those of Korn and Graubard (1998, "Confidence intervals for proportions with small
+expected number of positive counts estimated from survey data"): an error rate p whose dyadic jackknife variance over
+identities is V (``statistics.py``) counts as one of
+
+    m = p (1 - p) / V * (z / t_f)^2
+
+independent pairs, z and t_f the quantiles of the normal and of Student's distribution, and has the interval from
+Beta(m p + 1/2, m (1 - p) + 1/2), as Jeffreys', to Beta(m p + 1, m (1 - p)), as Clopper and Pearson's.
+
+V comes from those identities that have errors, which may be few. With q the squared changes of p when each of the G
+identities is left out, Satterthwaite's degrees of freedom are 2 sum(q)^2 / (sum(q^2) - sum(q)^2 / G). f is half of
+this: a draw of people with too few lambs has both too few errors and too small a V, so that intervals with all of it
+miss too often. This half and the upper end were chosen by benchmarks/threshold_intervals.py, where 95% intervals of
+FAR and TAR cover the truth in 93 to 97 of 100 draws of identities.
+
+A FAR is refused where it would be measured by fewer than 10 false accepts, or these count as fewer than 3 independent
+ones, where an interval spans a factor of ten. The second bound is low on purpose: V is an estimate, and to demand more
+by it lets through the draws whose V is too small, whose intervals then cover as little as 83 in 100.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+from scipy.special import expit, logit, stdtrit
+from scipy.stats import beta, norm
+from sklearn.linear_model import LogisticRegression
+
+from ufo_ds.errors import UserError
+from ufo_ds.evaluation import roc
+from ufo_ds.evaluation.statistics import ALPHA, Items, cluster_jackknife
+
+EFFECTIVE = 3  # independent false accepts that those seen must count as
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Pairs whose similarity is ``threshold`` or more are accepted.
+
+    Attributes:
+        far: what was asked for.
+        threshold: the lowest that keeps the FAR of the pairs to that.
+        expected_far: the FAR of the pairs, less than ``far`` by as much as ties and their number make it.
+        far_interval: 95% interval of the FAR on other pairs of other identities drawn alike.
+        tar: the true accept rate of the pairs.
+        tar_interval: of it.
+        impostors, genuine, identities: how many there were.
+    """
+
+    far: float
+    threshold: float
+    expected_far: float
+    far_interval: tuple[float, float]
+    tar: float
+    tar_interval: tuple[float, float]
+    impostors: int
+    genuine: int
+    identities: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The log odds that a pair is genuine are ``slope * similarity + intercept``, where half of the pairs are."""
+
+    slope: float
+    intercept: float
+
+    def probability(self, similarity: np.ndarray | float, prior: float = 0.5) -> np.ndarray | float:
+        """The probability that a pair is genuine where a share ``prior`` of all pairs is."""
+        return expit(self.slope * np.asarray(similarity, dtype=np.float64) + self.intercept + logit(prior))
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of pairs: ``value``, its 95% interval, and how many independent pairs the pairs count as."""
+
+    value: float
+    interval: tuple[float, float]
+    effective: float
+
+
+def choose(similarity: np.ndarray, same: np.ndarray, identity: np.ndarray, far: float) -> Threshold:
+    """The lowest threshold whose FAR is ``far`` or less, and what to expect of it.
+
+    Args:
+        similarity: float [M].
+        same: bool [M], whether the pair is genuine.
+        identity: int [M, 2], of each pair; what shares one is not independent.
+        far: in 0..1.
+
+    Raises:
+        UserError: the pairs cannot support this FAR, genuine pairs are of one identity, or a similarity is NaN.
+    """
+    if not 0 < far < 1:
+        raise UserError(f"a false accept rate of {far:g}: give one between 0 and 1, as 0.001")
+    _check(similarity, same)
+    impostor = np.sort(similarity[~same])
+    allowed = roc.false_accepts(len(impostor), far)
+    if allowed < roc.RESOLVED:
+        raise UserError(
+            f"a false accept rate of {far:g} needs {int(np.ceil(roc.RESOLVED / far))} impostor pairs, of which "
+            f"{roc.RESOLVED} are accepted; there are {len(impostor)}: ask for a higher rate or give more pairs"
+        )
+    highest_rejected = impostor[len(impostor) - allowed - 1]
+    higher = impostor[np.searchsorted(impostor, highest_rejected, side="right") :]
+    if not len(higher):
+        raise UserError(
+            f"a false accept rate of {far:g}: more than {allowed} of {len(impostor)} impostor pairs share the highest "
+            f"similarity, {highest_rejected:g}, so no threshold has it: ask for a higher rate or use a better model"
+        )
+    threshold = higher[0]
+    accepted = similarity >= threshold
+    false_accepts = rate(accepted[~same], identity[~same])
+    if false_accepts.effective * false_accepts.value < EFFECTIVE:
+        raise UserError(
+            f"a false accept rate of {far:g}: the {len(impostor)} impostor pairs share "
+            f"{len(np.unique(identity[~same]))} identities and count as {int(false_accepts.effective)} independent "
+            f"ones; {int(np.ceil(EFFECTIVE / far))} are needed: ask for a higher rate or give more identities"
+        )
+    false_rejects = rate(~accepted[same], identity[same])
+    low, high = false_rejects.interval
+    return Threshold(
+        far, float(threshold), false_accepts.value, false_accepts.interval, 1 - false_rejects.value,
+        (1 - high, 1 - low), len(impostor), int(same.sum()), len(np.unique(identity)),
+    )  # fmt: skip
+
+
+def rate(wrong: np.ndarray, identity: np.ndarray) -> Rate:
+    """An error rate with the interval of the module's docstring.
+
+    Where no pair is wrong, or all are, each identity counts as one pair: it may be so for other identities' pairs
+    together.
+
+    Args:
+        wrong: bool [M], M at least 1.
+        identity: int [M, 1 or 2].
+
+    Raises:
+        UserError: all pairs are of one identity.
+    """
+    value, count = float(wrong.mean()), len(wrong)
+    variance, change_G = cluster_jackknife(wrong.astype(np.float64), Items(np.full(count, 1 / count), identity))
+    if len(change_G) < 2:
+        raise UserError(f"all {count} pairs are of one identity: an interval for others needs pairs of several")
+    if 0 < value < 1:
+        effective = min(float(count), value * (1 - value) / max(variance, 1e-300))
+    else:
+        effective = float(len(change_G))
+    q_G = np.square(change_G)
+    spread = np.square(q_G).sum() - q_G.sum() ** 2 / len(q_G)
+    freedom = len(q_G) - 1.0
+    if spread > 0:
+        freedom = min(freedom, max(1.0, q_G.sum() ** 2 / spread))
+    m = effective * (norm.ppf(1 - ALPHA / 2) / stdtrit(freedom, 1 - ALPHA / 2)) ** 2
+    low = float(beta.ppf(ALPHA / 2, m * value + 0.5, m * (1 - value) + 0.5)) if value > 0 else 0.0
+    high = float(beta.ppf(1 - ALPHA / 2, m * value + 1, m * (1 - value))) if value < 1 else 1.0
+    return Rate(value, (low, high), effective)
+
+
+def calibrate(similarity: np.ndarray, same: np.ndarray) -> Calibration:
+    """Logistic regression of whether a pair is genuine on its similarity, both kinds of pairs with the same weight.
+
+    Args:
+        similarity: float [M].
+        same: bool [M].
+
+    Raises:
+        UserError: pairs of only one kind, a NaN, or genuine pairs that are not more similar than others.
+    """
+    _check(similarity, same)
+    mean, deviation = float(similarity.mean(dtype=np.float64)), float(similarity.std(dtype=np.float64))
+    standard = (similarity.astype(np.float64) - mean) / max(deviation, 1e-12)
+    # On this scale the default penalty is that of one pair or so; it keeps the slope finite where no pair is in doubt.
+    model = LogisticRegression(class_weight="balanced").fit(standard[:, None], same)
+    slope = float(model.coef_[0, 0]) / max(deviation, 1e-12)
+    if not slope > 0 or deviation == 0:
+        raise UserError(
+            f"no calibration: the {int(same.sum())} genuine pairs are not more similar than the {int((~same).sum())} "
+            f"impostor pairs; check the pairs, or use a model that has learned the task"
+        )
+    return Calibration(slope, float(model.intercept_[0]) - slope * mean)
+
+
+_Kind = TypeVar("_Kind", Threshold, Calibration)
+
+
+def as_values(found: Threshold | Calibration) -> dict[str, Any]:
+    """As plain values for JSON."""
+    return TypeAdapter(type(found)).dump_python(found, mode="json")
+
+
+def from_values(kind: type[_Kind], values: Mapping[str, Any], where: str) -> _Kind:
+    """Read what :func:`as_values` made.
+
+    Args:
+        where: the file, for the message.
+
+    Raises:
+        UserError: a value is missing or of the wrong type.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"{where}: {kind.__name__.lower()}.{'.'.join(map(str, first['loc']))}: {first['msg']}: make it again"
+        ) from None
+
+
+def _check(similarity: np.ndarray, same: np.ndarray) -> None:
+    nan = int(np.isnan(similarity).sum())
+    if nan:
+        raise UserError(
+            f"{nan} of {len(same)} pairs have the similarity NaN: the model has diverged; use an earlier one"
+        )
+    if same.all() or not same.any():
+        raise UserError(
+            f"{int(same.sum())} genuine and {int((~same).sum())} impostor pairs: a threshold needs pairs of both kinds"
+        )
