@@ -1,6 +1,6 @@
 """How often the intervals of a chosen threshold hold the true rates of false and of true accepts.
 
-python benchmarks/threshold_intervals.py            # about ten minutes; --quick: within one
+python benchmarks/threshold_intervals.py            # about a quarter of an hour; --quick: within one
 
 Identities are drawn anew again and again, and pairs of them: the similarity of an impostor pair is an effect of either
 identity (a share of its variance) and noise, that of a genuine pair twice the effect of its identity and noise, and in
@@ -75,8 +75,8 @@ class Design:
 
     @property
     def distance(self) -> float:
-        """Of genuine pairs from impostors: at FAR .01 nine of ten are accepted."""
-        return float(norm.isf(0.01) + norm.isf(0.1) * (1 + self.share) ** 0.5)
+        """Of genuine pairs from impostors: at FAR .01 eight of ten are accepted."""
+        return float(norm.isf(0.01) + norm.isf(0.2) * (1 + self.share) ** 0.5)
 
     def true_far(self, threshold: float) -> float:
         return float(norm.sf(threshold))
@@ -94,11 +94,11 @@ QUICK = [
     Design("folds", 500, 0.1, 1e-2),
 ]
 FULL = [
-    *(Design("all", n, share, far) for n in (100, 200) for share in (0.1, 0.3, 0.5) for far in (1e-1, 1e-2)),
-    *(Design("all", 200, share, 1e-3) for share in (0.1, 0.3, 0.5)),
-    *(Design("all", 500, share, 1e-3) for share in (0.1, 0.5)),
-    *(Design("folds", n, share, far) for n in (100, 300, 500) for share in (0.1, 0.3, 0.5) for far in (1e-1, 1e-2)),
-    *(Design("images", 100, share, far) for share in (0.1, 0.3) for far in (1e-2, 1e-3)),
+    *(Design("all", 100, share, far) for share in (0.1, 0.3, 0.5) for far in (1e-1, 1e-2)),
+    *(Design("all", 200, share, far) for share in (0.1, 0.5) for far in (1e-2, 1e-3)),
+    Design("all", 500, 0.3, 1e-3),
+    *(Design("folds", n, share, far) for n in (100, 300, 500) for share in (0.1, 0.5) for far in (1e-1, 1e-2)),
+    *(Design("images", 100, share, far) for share, far in ((0.1, 1e-2), (0.3, 1e-2), (0.1, 1e-3))),
 ]
 WITHOUT_EFFECTS = [Design("all", 100, 0.0, 1e-1), Design("all", 200, 0.0, 1e-3), Design("folds", 300, 0.0, 1e-2)]
 
@@ -131,7 +131,7 @@ def coverage(design: Design, replicas: int, generator: np.random.Generator) -> C
         found.append([held, far > high, low_tar <= tar <= high_tar, exact[0] <= far <= exact[1], width])
     if not found:
         return Coverage(0, 0, 0, 0, 0, 1)
-    *shares, width = np.mean(np.array(found, dtype=np.float64), axis=0)
+    *shares, width = np.mean(np.array(found, dtype=np.float64), axis=0).tolist()
     return Coverage(*shares, float(np.exp(width)), 1 - len(found) / replicas)
 
 
@@ -162,8 +162,8 @@ def simulate(quick: bool) -> tuple[dict[str, float], dict[str, Any]]:
     for name in ("far", "tar"):
         least, most = min(ends[name]), max(ends[name])
         low, high = LEVEL[0] - slack, LEVEL[1] + slack
-        bars[f"least coverage of {name.upper()}"] = {"value": least, "bar": low, "ok": least >= low}
-        bars[f"most coverage of {name.upper()}"] = {"value": most, "bar": high, "ok": most <= high}
+        bars[f"least coverage of {name.upper()}"] = {"value": least, "bar": low, "ok": bool(least >= low)}
+        bars[f"most coverage of {name.upper()}"] = {"value": most, "bar": high, "ok": bool(most <= high)}
     return figures, bars
 
 

@@ -8,14 +8,15 @@ identities is V (``statistics.py``) counts as one of
 
     m = p (1 - p) / V * (z / t_f)^2
 
-independent pairs, z and t_f the quantiles of the normal and of Student's distribution, and has the interval from
-Beta(m p + 1/2, m (1 - p) + 1/2), as Jeffreys', to Beta(m p + 1, m (1 - p)), as Clopper and Pearson's.
+independent pairs, z and t_f the quantiles of the normal and of Student's distribution, and has Jeffreys' interval for
+m p errors among m. V comes from the identities that have errors, which may be few: f are Satterthwaite's degrees of
+freedom, 2 sum(q)^2 / (sum(q^2) - sum(q)^2 / G) with q the squared change of p when one of the G identities is left out.
 
-V comes from those identities that have errors, which may be few. With q the squared changes of p when each of the G
-identities is left out, Satterthwaite's degrees of freedom are 2 sum(q)^2 / (sum(q^2) - sum(q)^2 / G). f is half of
-this: a draw of people with too few lambs has both too few errors and too small a V, so that intervals with all of it
-miss too often. This half and the upper end were chosen by benchmarks/threshold_intervals.py, where 95% intervals of
-FAR and TAR cover the truth in 93 to 97 of 100 draws of identities.
+The rate of false accepts is chosen, not found: people among whom there happen to be too few lambs get too low a
+threshold and too small a V at once, and intervals as above miss too often. So for it f is half as large, and the upper
+end is that of Clopper and Pearson, for m p + 1. By simulation (benchmarks/threshold_intervals.py), which these two
+were chosen by, the intervals of FAR and TAR then hold the truth in 93 to 97 of 100 draws of identities; in more where
+fewer than about ten genuine pairs are rejected.
 
 A FAR is refused where it would be measured by fewer than 10 false accepts, or these count as fewer than 3 independent
 ones, where an interval spans a factor of ten. The second bound is low on purpose: V is an estimate, and to demand more
@@ -116,7 +117,7 @@ def choose(similarity: np.ndarray, same: np.ndarray, identity: np.ndarray, far: 
         )
     threshold = higher[0]
     accepted = similarity >= threshold
-    false_accepts = rate(accepted[~same], identity[~same])
+    false_accepts = rate(accepted[~same], identity[~same], chosen=True)
     if false_accepts.effective * false_accepts.value < EFFECTIVE:
         raise UserError(
             f"a false accept rate of {far:g}: the {len(impostor)} impostor pairs share "
@@ -131,7 +132,7 @@ def choose(similarity: np.ndarray, same: np.ndarray, identity: np.ndarray, far: 
     )  # fmt: skip
 
 
-def rate(wrong: np.ndarray, identity: np.ndarray) -> Rate:
+def rate(wrong: np.ndarray, identity: np.ndarray, chosen: bool = False) -> Rate:
     """An error rate with the interval of the module's docstring.
 
     Where no pair is wrong, or all are, each identity counts as one pair: it may be so for other identities' pairs
@@ -140,6 +141,7 @@ def rate(wrong: np.ndarray, identity: np.ndarray) -> Rate:
     Args:
         wrong: bool [M], M at least 1.
         identity: int [M, 1 or 2].
+        chosen: whether a threshold was set to have this rate.
 
     Raises:
         UserError: all pairs are of one identity.
@@ -154,12 +156,12 @@ def rate(wrong: np.ndarray, identity: np.ndarray) -> Rate:
         effective = float(len(change_G))
     q_G = np.square(change_G)
     spread = np.square(q_G).sum() - q_G.sum() ** 2 / len(q_G)
-    freedom = len(q_G) - 1.0
-    if spread > 0:
-        freedom = min(freedom, max(1.0, q_G.sum() ** 2 / spread))
+    freedom = float(2 * q_G.sum() ** 2 / spread if spread > 0 else np.inf) / (2 if chosen else 1)
+    freedom = min(max(1.0, freedom), len(q_G) - 1.0)
     m = effective * (norm.ppf(1 - ALPHA / 2) / stdtrit(freedom, 1 - ALPHA / 2)) ** 2
+    more = 1.0 if chosen else 0.5
     low = float(beta.ppf(ALPHA / 2, m * value + 0.5, m * (1 - value) + 0.5)) if value > 0 else 0.0
-    high = float(beta.ppf(1 - ALPHA / 2, m * value + 1, m * (1 - value))) if value < 1 else 1.0
+    high = float(beta.ppf(1 - ALPHA / 2, m * value + more, m * (1 - value) + 1 - more)) if value < 1 else 1.0
     return Rate(value, (low, high), effective)
 
 
