@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from sklearn.metrics import roc_auc_score, roc_curve
@@ -31,6 +31,7 @@ def test_by_hand():
     assert roc.eer(similarity, same) == pytest.approx(1 / 3)
 
 
+@settings(derandomize=True, deadline=None, database=None)
 @given(SCORES, SCORES, st.sampled_from([0.0, 0.05, 0.1, 0.25, 1 / 3, 0.5, 1.0]))
 def test_tar_is_the_best_of_all_thresholds(genuine, impostor, far):
     """A threshold at every score there is and above all."""
@@ -40,6 +41,7 @@ def test_tar_is_the_best_of_all_thresholds(genuine, impostor, far):
     assert roc.tar_at(above, len(impostor), far) == pytest.approx(max(tars))
 
 
+@settings(derandomize=True, deadline=None, database=None)
 @given(SCORES, SCORES)
 def test_curve_auc_and_eer_are_scikit_learns(genuine, impostor):
     similarity, same = joined(genuine, impostor)
@@ -55,6 +57,7 @@ def test_curve_auc_and_eer_are_scikit_learns(genuine, impostor):
     assert roc.eer(similarity, same) == pytest.approx(fine_far[closest], abs=0.01)
 
 
+@settings(derandomize=True, deadline=None, database=None)
 @given(SCORES, SCORES)
 def test_points_of_the_plot_are_on_the_pessimistic_curve(genuine, impostor):
     above = roc.impostors_above(*joined(genuine, impostor))

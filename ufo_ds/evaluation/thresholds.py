@@ -35,9 +35,13 @@ from sklearn.linear_model import LogisticRegression
 
 from ufo_ds.errors import UserError
 from ufo_ds.evaluation import roc
+from ufo_ds.evaluation.retrieval import JUNK, UNKNOWN_CAMERA, normalise
 from ufo_ds.evaluation.statistics import ALPHA, Items, cluster_jackknife
+from ufo_ds.evaluation.verification import check_finite, similarities
+from ufo_ds.seeding import numpy_generator
 
 EFFECTIVE = 3  # independent false accepts that those seen must count as
+_BLOCK = 2**20  # genuine pairs looked at a time
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Threshold:
 
     Attributes:
         far: what was asked for.
-        threshold: the lowest that keeps the FAR of the pairs to that.
+        threshold: the lowest similarity of an impostor pair that keeps the FAR of the pairs to that.
         expected_far: the FAR of the pairs, less than ``far`` by as much as ties and their number make it.
         far_interval: 95% interval of the FAR on other pairs of other identities drawn alike.
         tar: the true accept rate of the pairs.
@@ -187,6 +191,76 @@ def calibrate(similarity: np.ndarray, same: np.ndarray) -> Calibration:
             f"impostor pairs; check the pairs, or use a model that has learned the task"
         )
     return Calibration(slope, float(model.intercept_[0]) - slope * mean)
+
+
+def pairs_of(
+    query: np.ndarray,
+    query_ids: np.ndarray,
+    query_cameras: np.ndarray,
+    gallery: np.ndarray,
+    gallery_ids: np.ndarray,
+    gallery_cameras: np.ndarray,
+    limit: int = 500_000,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Genuine and impostor pairs of a retrieval benchmark: a query and a gallery image each.
+
+    The rules are those of ``retrieval.py``: no junk, and no genuine pair of the same known camera. Where query and
+    gallery are the same images, a camera of its own for each image keeps it from being paired with itself. Of more
+    than ``limit`` genuine pairs that many are drawn, of all other pairs about as many, seeded.
+
+    Args:
+        query: float32 [Q, D], normalised here; with ids and cameras int [Q].
+        gallery: float32 [G, D], normalised here; with ids and cameras int [G].
+
+    Returns:
+        What :func:`choose` takes: similarity, float32 [M], the cosine; same, bool [M]; identity, int [M, 2].
+
+    Raises:
+        UserError: a feature that is NaN or infinite.
+    """
+    check_finite(query, np.arange(len(query)), "query")
+    check_finite(gallery, np.arange(len(gallery)), "gallery")
+    generator = numpy_generator(seed, "pairs of a retrieval benchmark")
+
+    # Sorted by identity, the gallery images of a query's identity are neighbours: genuine pairs can be numbered.
+    order = np.argsort(gallery_ids, kind="stable")
+    start_Q = np.searchsorted(gallery_ids[order], query_ids, side="left")
+    count_Q = np.searchsorted(gallery_ids[order], query_ids, side="right") - start_Q
+    count_Q[query_ids == JUNK] = 0
+    end_Q = np.cumsum(count_Q)
+    total, shift_Q = int(count_Q.sum()), start_Q - (end_Q - count_Q)
+
+    def locate(number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        one = np.searchsorted(end_Q, number, side="right")
+        return one, order[number + shift_Q[one]]
+
+    # Those with the smallest of random keys are as good as any draw, and one block after the other finds them.
+    kept, keys = np.empty(0, dtype=np.int64), np.empty(0)
+    for begin in range(0, total, _BLOCK):
+        number = np.arange(begin, min(begin + _BLOCK, total))
+        one, other = locate(number)
+        camera = gallery_cameras[other]
+        number = number[(camera != query_cameras[one]) | (camera == UNKNOWN_CAMERA)]
+        kept, keys = np.concatenate([kept, number]), np.concatenate([keys, generator.random(len(number))])
+        if len(kept) > limit:
+            smallest = np.argpartition(keys, limit)[:limit]
+            kept, keys = kept[smallest], keys[smallest]
+    one, other = locate(np.sort(kept))
+    genuine = len(one)
+
+    everything = len(query) * len(gallery)
+    number = np.arange(everything) if everything <= limit else np.unique(generator.integers(0, everything, limit))
+    first, second = number // max(1, len(gallery)), number % max(1, len(gallery))
+    known = (query_ids[first] != JUNK) & (gallery_ids[second] != JUNK)
+    impostor = known & (query_ids[first] != gallery_ids[second])
+    first, second = np.concatenate([one, first[impostor]]), np.concatenate([other, second[impostor]])
+    identity = np.stack([query_ids[first], gallery_ids[second]], axis=1)
+    return (
+        similarities(normalise(query), normalise(gallery), first, second),
+        np.arange(len(first)) < genuine,
+        identity,
+    )
 
 
 _Kind = TypeVar("_Kind", Threshold, Calibration)
