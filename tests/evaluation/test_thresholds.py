@@ -75,6 +75,17 @@ def test_pairs_that_share_identities_say_less():
     )
 
 
+def test_images_of_a_genuine_pair_are_of_one_identity():
+    """Every image its own number: with all genuine pairs listed it is as if identities were told."""
+    generator = np.random.default_rng(1)
+    design = Design("images", 40, 0.3, 0.05)
+    similarity, same, identity = design.draw(generator)
+    _, image, _ = design.pairs_of_identities(generator)
+    told = thresholds.choose(similarity, same, identity, 0.05)
+    assert thresholds.choose(similarity, same, image, 0.05) == told
+    assert told.identities == 40
+
+
 @pytest.mark.parametrize(
     "design", [Design("all", 60, 0.3, 0.05), Design("folds", 60, 0.3, 0.05), Design("images", 40, 0.3, 0.05)]
 )

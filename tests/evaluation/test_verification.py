@@ -61,6 +61,9 @@ def test_items_are_pairs_weighted_by_fold():
     assert scores.dtype == np.float64
     assert scores @ items.weight == pytest.approx(metrics[verification.MAIN_METRIC])
     assert items.cluster.shape == (len(pairs), 2)
+    assert items.clusters == len(np.unique(ids[pairs[:, 1:3]]))
+    images = found | {"identity": pairs[:, 1:3]}  # genuine pairs join the images of one identity
+    assert verification.items(images)[1].clusters < 1.5 * items.clusters
     assert metrics == verification.evaluate(features, pairs)
 
 
@@ -103,3 +106,11 @@ def test_an_image_in_no_pair_does_not_matter():
     features[2] = np.nan
     pairs = np.array([[fold, 0, 1, 1] for fold in (0, 1)])
     assert verification.evaluate(features, pairs)["accuracy"] == 1
+
+
+def test_outcomes_of_folds_alone_still_have_their_metrics():
+    features, pairs, _ = drawn(0)
+    found = verification.outcomes(features, pairs)
+    of_folds = verification.metrics({name: found[name] for name in ("right", "fold", "threshold")})
+    assert of_folds.items() <= verification.metrics(found).items()
+    assert of_folds.keys() == {"accuracy", "accuracy_std", "threshold"}

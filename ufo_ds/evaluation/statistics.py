@@ -35,6 +35,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 from scipy.special import stdtrit
 
 ALPHA = 0.05
@@ -175,6 +177,18 @@ def cluster_jackknife(value_N: np.ndarray, items: Items) -> tuple[float, np.ndar
         squared_P = np.square(np.bincount(pair_N, residual_N))
         variance = max(variance - squared_P[pairs // count != pairs % count].sum(), squared_P.sum())
     return float((count - 1) / count * variance), left_out_G
+
+
+def joined(cluster_N2: np.ndarray, same_N: np.ndarray) -> np.ndarray:
+    """Clusters of pairs numbered anew, int [N, 2], those of a genuine pair as one.
+
+    So images or templates, where no identities are told, become those that the genuine pairs tell.
+    """
+    names, number_N2 = np.unique(cluster_N2, return_inverse=True)
+    number_N2 = number_N2.reshape(-1, 2)
+    first, second = number_N2[same_N].T
+    links = csr_array((np.ones(len(first)), (first, second)), shape=(len(names), len(names)))
+    return connected_components(links, directed=False)[1][number_N2]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -12,13 +12,12 @@ from collections.abc import Mapping
 
 import numpy as np
 from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components
 
 from ufo_ds.data.layouts.layout import Templates
 from ufo_ds.errors import UserError
 from ufo_ds.evaluation import roc
 from ufo_ds.evaluation.retrieval import normalise
-from ufo_ds.evaluation.statistics import Items
+from ufo_ds.evaluation.statistics import Items, joined
 from ufo_ds.evaluation.verification import check_finite, similarities
 
 MAIN_FAR = 1e-4
@@ -94,11 +93,8 @@ def items(outcomes: Mapping[str, np.ndarray]) -> tuple[np.ndarray, Items]:
     """
     above, impostors = outcomes["impostors_above"], int(outcomes["impostors"][0])
     accepted = roc.accepted_at(above, impostors, MAIN_FAR).astype(np.float64)
-    numbers, pairs = np.unique(outcomes["template"], return_inverse=True)
-    first, second = pairs.reshape(-1, 2).T
-    joined = csr_array((np.ones(len(first)), (first, second)), shape=(len(numbers), len(numbers)))
-    _, identity = connected_components(joined, directed=False)
-    return accepted, Items(np.full(len(first), 1 / len(first)), identity[first][:, None])
+    identity = joined(outcomes["template"], np.ones(len(above), dtype=bool))[:, :1]
+    return accepted, Items(np.full(len(above), 1 / len(above)), identity)
 
 
 def chance(outcomes: Mapping[str, np.ndarray]) -> dict[str, float]:

@@ -36,7 +36,7 @@ from sklearn.linear_model import LogisticRegression
 from ufo_ds.errors import UserError
 from ufo_ds.evaluation import roc
 from ufo_ds.evaluation.retrieval import JUNK, UNKNOWN_CAMERA, normalise
-from ufo_ds.evaluation.statistics import ALPHA, Items, cluster_jackknife
+from ufo_ds.evaluation.statistics import ALPHA, Items, cluster_jackknife, joined
 from ufo_ds.evaluation.verification import check_finite, similarities
 from ufo_ds.seeding import numpy_generator
 
@@ -96,7 +96,8 @@ def choose(similarity: np.ndarray, same: np.ndarray, identity: np.ndarray, far: 
     Args:
         similarity: float [M].
         same: bool [M], whether the pair is genuine.
-        identity: int [M, 2], of each pair; what shares one is not independent.
+        identity: int [M, 2], of each pair; what shares one is not independent. Where only images are known, these:
+            those of a genuine pair count as one, which is most of what there is to know.
         far: in 0..1.
 
     Raises:
@@ -105,6 +106,7 @@ def choose(similarity: np.ndarray, same: np.ndarray, identity: np.ndarray, far: 
     if not 0 < far < 1:
         raise UserError(f"a false accept rate of {far:g}: give one between 0 and 1, as 0.001")
     _check(similarity, same)
+    identity = joined(identity, same)
     impostor = np.sort(similarity[~same])
     allowed = roc.false_accepts(len(impostor), far)
     if allowed < roc.RESOLVED:
