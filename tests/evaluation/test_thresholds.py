@@ -30,10 +30,10 @@ def test_threshold_by_hand():
     assert (found.far, found.expected_far, found.tar) == (0.05, 0.05, 0.8)
     assert found.threshold == np.float32(0.95)  # to the last bit: that pair is among the accepted
     assert (found.impostors, found.genuine, found.identities) == (200, 10, 410)
-    # Nearly those of 10 of 200 by Clopper and Pearson and of 8 of 10 by Jeffreys, a little wider.
-    exact = stats.beta.ppf(0.025, 10, 191), stats.beta.ppf(0.975, 11, 190)
-    assert exact[0] * 0.85 < found.far_interval[0] < exact[0] * 1.1
-    assert exact[1] < found.far_interval[1] < exact[1] * 1.15
+    # Nearly Jeffreys' for 10 of 200 and 8 of 10, a little wider.
+    exact = stats.beta.ppf([0.025, 0.975], 10.5, 190.5)
+    assert exact[0] * 0.8 < found.far_interval[0] < exact[0]
+    assert exact[1] < found.far_interval[1] < exact[1] * 1.2
     assert found.tar_interval == pytest.approx(stats.beta.ppf([0.025, 0.975], 8.5, 2.5), abs=0.08)
 
 
@@ -47,10 +47,20 @@ def test_interval_by_hand():
     assert (found.value, found.effective) == (0.25, pytest.approx(3))
     m = 3 * (1.959964 / 3.182446) ** 2
     assert found.interval == pytest.approx(stats.beta.ppf([0.025, 0.975], m / 4 + 0.5, 3 * m / 4 + 0.5), rel=1e-5)
-    # Chosen: half of 6 is 3 as well; the upper end is of one error more.
-    low, high = thresholds.rate(wrong, identity, chosen=True).interval
-    assert low == pytest.approx(found.interval[0])
-    assert high == pytest.approx(stats.beta.ppf(0.975, m / 4 + 1, 3 * m / 4), rel=1e-5)
+    # A rate that was chosen has half of the 6.
+    assert thresholds.rate(wrong, identity, chosen=True) == found
+
+
+def test_a_chosen_rate_has_half_the_degrees_of_freedom():
+    """Five identities with one pair each, one of them wrong."""
+    wrong, identity = np.array([1, 0, 0, 0, 0], bool), np.arange(5)[:, None]
+    # p = 1/5; changes 1/5 and four times 1/20; V = 4/5 (1/25 + 4/400) = 1/25; p (1 - p) / V = 4.
+    # q = 1/25, 1/400 (four times): sum 1/20, of squares 13/8000; f = 2/400 / (13/8000 - 1/2000) = 40/9, but at most 4.
+    assert thresholds.rate(wrong, identity).effective == pytest.approx(4)
+    for chosen, t in ((False, 2.776445), (True, stats.t.ppf(0.975, 20 / 9))):
+        m = 4 * (1.959964 / t) ** 2
+        expected = stats.beta.ppf([0.025, 0.975], m / 5 + 0.5, 4 * m / 5 + 0.5)
+        assert thresholds.rate(wrong, identity, chosen).interval == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("wrong", [False, True])
