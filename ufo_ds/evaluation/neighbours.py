@@ -37,9 +37,10 @@ def check(query_QD: np.ndarray, gallery_GD: np.ndarray, what: str) -> None:
 def whole(features_ND: np.ndarray) -> np.ndarray:
     """Features scaled by a power of two and rounded to whole numbers, float64 [N, D]; only those rounded together have
     the same scale."""
-    features_ND = features_ND.astype(np.float64)
-    _, exponent = np.frexp(np.linalg.norm(features_ND, axis=1).max())
-    return np.rint(np.ldexp(features_ND, _BITS - exponent))
+    whole_ND = features_ND.astype(np.float64)
+    _, exponent = np.frexp(np.sqrt(np.einsum("nd,nd->n", whole_ND, whole_ND).max()))
+    np.ldexp(whole_ND, _BITS - exponent, out=whole_ND)
+    return np.rint(whole_ND, out=whole_ND)
 
 
 def squared_distances(x_MD: np.ndarray, y_ND: np.ndarray) -> np.ndarray:
