@@ -181,7 +181,8 @@ def write_run(path, seed, protocols=PROTOCOLS, effect=0.0, items=300, test_set=0
         population = Population(protocol, np.random.default_rng(test_set), items=items, effect=effect)
         population.generator = np.random.default_rng([seed, len(path.name)])
         run = population.run(0)
-        more = {"first_rank": np.ones(items, dtype=int), "inverse_penalty": np.ones(items)}
+        ones = np.ones(items, dtype=int)
+        more = {"first_rank": ones, "inverse_penalty": ones, "label": ones, "rank": ones, "classes": np.array([2])}
         result = Outcomes(protocol, flip, f"data {test_set}", run.arrays | more)
         outcomes.store(path, 7, {f"a_{protocol}/test": result})
 

@@ -110,7 +110,7 @@ def test_pixel_floors(sets):
     """Digits are nearly solved by their pixels; glyphs are not, and yet are no noise."""
     train, test = sets["digits/train"], sets["digits/test"]
     scores = pixels.nearest_neighbour_scores(features(test), features(train), train.labels, 10)
-    assert 0.95 < classification.top1(scores, test.labels)["top1"] < 1
+    assert 0.95 < classification.evaluate(scores, test.labels)["top1"] < 1
 
     query, gallery, pairs = (sets[f"glyphs/{name}"] for name in ("query", "gallery", "pairs"))
     floor = retrieval.evaluate(

@@ -13,27 +13,6 @@ from ufo_ds.model.heads import Outputs
 from ufo_ds.recipe import only
 
 
-def test_top1_counts_ties_and_nan_as_wrong():
-    scores = np.array(
-        [
-            [0.1, 0.9, 0.0],  # right
-            [0.9, 0.1, 0.0],  # wrong
-            [0.5, 0.5, 0.0],  # tie
-            [np.nan, 1.0, 0.0],  # NaN beside the right class
-            [0.0, np.nan, 0.0],  # NaN in it
-        ],
-        dtype=np.float32,
-    )
-    assert classification.top1(scores, np.ones(5, dtype=np.int64)) == {"top1": 0.2}
-
-
-def test_top1_refuses_labels_that_the_model_lacks():
-    with pytest.raises(UserError, match=r"label 3 .* 3 classes"):
-        classification.top1(np.zeros((2, 3)), np.array([0, 3]))
-    with pytest.raises(UserError, match="0 images"):
-        classification.top1(np.zeros((0, 3)), np.zeros(0, dtype=np.int64))
-
-
 def on_circle(*degrees: float) -> np.ndarray:
     """Unit vectors whose cosine with that at 0 falls with the angle."""
     angles = np.radians(degrees)
@@ -249,7 +228,7 @@ def test_outcomes_name_what_they_are_of(shards):
 
 
 def test_outcomes_come_back_as_they_were_kept(tmp_path):
-    arrays = {"right": np.array([True, False, True]), "label": np.array([2, 0, 1])}
+    arrays = classification.outcomes(np.eye(3)[[2, 1, 1]], np.array([2, 0, 1]))
     kept = outcomes.Outcomes("classification", True, "digest", arrays)
     outcomes.store(tmp_path, 5, {"task/a name/with:odd characters": kept})
     (file,) = (tmp_path / "evaluations" / "step-00000005").iterdir()  # and no temporary file
@@ -258,6 +237,6 @@ def test_outcomes_come_back_as_they_were_kept(tmp_path):
     assert (found.protocol, found.flip, found.data) == ("classification", True, "digest")
     for name, array in arrays.items():
         np.testing.assert_array_equal(found.arrays[name], array)
-    assert found.metrics() == {"top1": 2 / 3}
+    assert found.metrics() == {"top1": 2 / 3, "mean_per_class": 2 / 3}
     with pytest.raises(UserError, match="is missing"):
         outcomes.load(tmp_path, 6, "task/a name/with:odd characters")
