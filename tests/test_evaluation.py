@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.evaluation.vectors import on_circle
 from ufo_ds import recipe_file
 from ufo_ds.data.evaluation_set import EvaluationSet
 from ufo_ds.errors import UserError
@@ -32,79 +33,6 @@ def test_top1_refuses_labels_that_the_model_lacks():
         classification.top1(np.zeros((2, 3)), np.array([0, 3]))
     with pytest.raises(UserError, match="0 images"):
         classification.top1(np.zeros((0, 3)), np.zeros(0, dtype=np.int64))
-
-
-def on_circle(*degrees: float) -> np.ndarray:
-    """Unit vectors whose cosine with that at 0 falls with the angle."""
-    angles = np.radians(degrees)
-    return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-
-
-def test_retrieval_known_answer():
-    # Without the same-camera image and the junk the ranking is wrong, right, wrong, right:
-    # AP = (1/2 + 2/4) / 2, INP = 2/4.
-    result = retrieval.evaluate(
-        on_circle(0) * 7, np.array([1]), np.array([1]),
-        on_circle(0, 10, 20, 30, 40, 50), np.array([1, 2, 1, 3, 1, -1]), np.array([1, 2, 2, 1, 3, 1]),
-    )  # fmt: skip
-    assert result == {"mAP": 0.5, "rank1": 0.0, "rank5": 1.0, "rank10": 1.0, "mINP": 0.5}
-
-
-def test_retrieval_keeps_images_of_unknown_camera():
-    arguments = on_circle(0), np.array([1]), np.array([-1]), on_circle(0, 10), np.array([1, 2]), np.array([-1, 0])
-    assert retrieval.evaluate(*arguments)["mAP"] == 1.0
-
-
-def test_retrieval_counts_nan_against_the_model():
-    query, ids, cameras = on_circle(0), np.array([1]), np.array([0])
-    gallery = on_circle(0, 10, 20)
-    gallery_ids, gallery_cameras = np.array([1, 2, 1]), np.ones(3, dtype=np.int64)
-    gallery[1] = np.nan  # wrong, goes first: ranks 2 and 3
-    wrong_nan = retrieval.evaluate(query, ids, cameras, gallery, gallery_ids, gallery_cameras)
-    assert wrong_nan["mAP"] == pytest.approx((1 / 2 + 2 / 3) / 2)
-    gallery = on_circle(0, 10, 20)
-    gallery[0] = np.nan  # right, goes last: ranks 2 and 3
-    right_nan = retrieval.evaluate(query, ids, cameras, gallery, gallery_ids, gallery_cameras)
-    assert right_nan["mAP"] == pytest.approx((1 / 2 + 2 / 3) / 2)
-
-
-def test_retrieval_refuses_queries_without_any_match():
-    with pytest.raises(UserError, match="none of the 1 queries"):
-        retrieval.evaluate(on_circle(0), np.array([1]), np.array([1]), on_circle(0), np.array([1]), np.array([1]))
-
-
-def slow_retrieval(query, query_ids, query_cameras, gallery, gallery_ids, gallery_cameras):
-    precisions, penalties, firsts = [], [], []
-    for feature, identity, camera in zip(query, query_ids, query_cameras, strict=True):
-        ranking = []
-        for other, other_id, other_camera in zip(gallery, gallery_ids, gallery_cameras, strict=True):
-            removed = other_id == -1 or (other_id == identity and other_camera == camera and camera != -1)
-            if not removed:
-                cosine = feature @ other / np.sqrt((feature @ feature) * (other @ other))
-                ranking.append((-cosine, bool(other_id == identity)))  # False sorts first
-        ranks = [rank for rank, (_, right) in enumerate(sorted(ranking), start=1) if right]
-        if ranks:
-            precisions.append(sum((hit + 1) / rank for hit, rank in enumerate(ranks)) / len(ranks))
-            penalties.append(len(ranks) / ranks[-1])
-            firsts.append(ranks[0])
-    cmc = {f"rank{k}": sum(first <= k for first in firsts) / len(firsts) for k in (1, 5, 10)}
-    return {"mAP": np.mean(precisions), **cmc, "mINP": np.mean(penalties)}
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_retrieval_agrees_with_the_obvious_implementation(seed, monkeypatch):
-    generator = np.random.default_rng(seed)
-
-    def draw(number):
-        # Signs in 4 dimensions: cosines are exact multiples of 1/2, so there are many ties and no rounding.
-        features = generator.choice([-1.0, 1.0], (number, 4)).astype(np.float32)
-        return features, generator.integers(-1, 6, number), generator.integers(-1, 3, number)
-
-    arguments = *draw(17), *draw(60)
-    expected = pytest.approx(slow_retrieval(*arguments))
-    assert retrieval.evaluate(*arguments) == expected
-    monkeypatch.setattr(retrieval, "_BLOCK", 128)  # of two or three queries
-    assert retrieval.evaluate(*arguments) == expected
 
 
 def slow_verification(features, pairs):
