@@ -85,12 +85,13 @@ def draw(seed, queries=17, images=60):
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), block=st.sampled_from([32, 128, 2**24]))
-def test_agrees_with_the_obvious_implementation(seed, block):
+@given(seed=st.integers(0, 2**32 - 1), block=st.sampled_from([32, 128, 2**24]), few=st.sampled_from([0, 5, 24]))
+def test_agrees_with_the_obvious_implementation(seed, block, few):
     arguments = draw(seed)
     expected, rankings = slow(*arguments)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranking, "_BLOCK", block)  # of one query, two, or all
+        patch.setattr(ranking, "_FEW", few)
         found = retrieval.outcomes(*arguments)
     assert retrieval.metrics(found) == pytest.approx(expected)
     assert found["query"].tolist() == list(rankings)

@@ -19,6 +19,7 @@ from ufo_ds.evaluation.statistics import Items
 JUNK = -1  # id of images that are neither right nor wrong
 
 _BLOCK = 2**24  # numbers held at a time (64 MiB), whatever the sizes of query and gallery
+_FEW = 24  # right images that are sooner counted one by one than by sorting what is before the last
 _PER_KIND, _TOP = 8, 10  # rank lists shown: of so many queries by score and so many evenly spread; their length
 
 
@@ -83,7 +84,7 @@ def _cosines(query: np.ndarray, gallery: np.ndarray, protocol: str) -> Iterator[
     scale = 1 / gallery_norms
     copies, originals = _equal_rows(gallery, gallery_norms)
     # One buffer for all blocks: fresh memory for each would cost the time to map its pages.
-    step = max(1, _BLOCK // max(gallery.shape))
+    step = block_rows(gallery.shape)
     buffer = np.empty((min(step, len(query)), len(gallery)), np.result_type(query, gallery))
     for begin in range(0, len(query), step):
         unit = query[begin : begin + step] / query_norms[begin : begin + step, None]
@@ -92,6 +93,11 @@ def _cosines(query: np.ndarray, gallery: np.ndarray, protocol: str) -> Iterator[
             if len(copies):
                 row[copies] = row[originals]
             yield row
+
+
+def block_rows(gallery: tuple[int, ...]) -> int:
+    """How many queries a block has for a gallery of shape [G, D]."""
+    return max(1, _BLOCK // max(gallery))
 
 
 def norms(features: np.ndarray, protocol: str, kind: str) -> np.ndarray:
@@ -143,10 +149,12 @@ def ranks(right: np.ndarray, others: np.ndarray) -> np.ndarray:
         right: similarities [H].
         others: similarities of the wrong images, and -inf for whatever does not count.
     """
-    right = np.sort(right)
-    before_any = others[others >= right[0]]  # of a good model far fewer than all
-    before_any.sort()
-    wrong_before = len(before_any) - np.searchsorted(before_any, right[::-1], side="left")
+    right = np.sort(right)[::-1]
+    if len(right) <= _FEW:
+        wrong_before = np.array([np.count_nonzero(others >= similarity) for similarity in right])
+    else:
+        before_any = np.sort(others[others >= right[-1]])  # of a good model far fewer than all
+        wrong_before = len(before_any) - np.searchsorted(before_any, right, side="left")
     return wrong_before + np.arange(1, len(right) + 1)
 
 

@@ -83,7 +83,8 @@ def outcomes(
         right = own[own != index] if one_set else own
         similarity = row[right]
         row[own] = -np.inf
-        row[junk] = -np.inf
+        if len(junk):
+            row[junk] = -np.inf
         first = 1 + np.count_nonzero(row >= similarity.max()) if len(right) else 1 + candidates
         first_ranks.append(first)
         lists.offer(index, -float(first), row, right, similarity)

@@ -85,7 +85,8 @@ def outcomes(
         right = own[(cameras != query_cameras[index]) | (cameras == UNKNOWN_CAMERA)]
         similarity = row[right]
         row[own] = -np.inf
-        row[junk] = -np.inf
+        if len(junk):
+            row[junk] = -np.inf
         ranks = ranking.ranks(similarity, row)
         precision = float((np.arange(1, len(ranks) + 1) / ranks).sum()) / len(ranks)
         average_precisions.append(precision)
