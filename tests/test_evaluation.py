@@ -1,89 +1,20 @@
 """The protocols against hand-computed answers and against slow, obvious implementations."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from tests import tiny
+from tests.evaluation.vectors import on_circle
 from ufo_ds import recipe_file
 from ufo_ds.data.evaluation_set import EvaluationSet
 from ufo_ds.errors import UserError
 from ufo_ds.evaluation import benchmarks, classification, outcomes, pixels, retrieval, verification
+from ufo_ds.evaluation.features import FeatureFiles, open_images, predict
 from ufo_ds.model.heads import Outputs
 from ufo_ds.recipe import only
-
-
-def on_circle(*degrees: float) -> np.ndarray:
-    """Unit vectors whose cosine with that at 0 falls with the angle."""
-    angles = np.radians(degrees)
-    return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-
-
-def test_retrieval_known_answer():
-    # Without the same-camera image and the junk the ranking is wrong, right, wrong, right:
-    # AP = (1/2 + 2/4) / 2, INP = 2/4.
-    result = retrieval.evaluate(
-        on_circle(0) * 7, np.array([1]), np.array([1]),
-        on_circle(0, 10, 20, 30, 40, 50), np.array([1, 2, 1, 3, 1, -1]), np.array([1, 2, 2, 1, 3, 1]),
-    )  # fmt: skip
-    assert result == {"mAP": 0.5, "rank1": 0.0, "rank5": 1.0, "rank10": 1.0, "mINP": 0.5}
-
-
-def test_retrieval_keeps_images_of_unknown_camera():
-    arguments = on_circle(0), np.array([1]), np.array([-1]), on_circle(0, 10), np.array([1, 2]), np.array([-1, 0])
-    assert retrieval.evaluate(*arguments)["mAP"] == 1.0
-
-
-def test_retrieval_counts_nan_against_the_model():
-    query, ids, cameras = on_circle(0), np.array([1]), np.array([0])
-    gallery = on_circle(0, 10, 20)
-    gallery_ids, gallery_cameras = np.array([1, 2, 1]), np.ones(3, dtype=np.int64)
-    gallery[1] = np.nan  # wrong, goes first: ranks 2 and 3
-    wrong_nan = retrieval.evaluate(query, ids, cameras, gallery, gallery_ids, gallery_cameras)
-    assert wrong_nan["mAP"] == pytest.approx((1 / 2 + 2 / 3) / 2)
-    gallery = on_circle(0, 10, 20)
-    gallery[0] = np.nan  # right, goes last: ranks 2 and 3
-    right_nan = retrieval.evaluate(query, ids, cameras, gallery, gallery_ids, gallery_cameras)
-    assert right_nan["mAP"] == pytest.approx((1 / 2 + 2 / 3) / 2)
-
-
-def test_retrieval_refuses_queries_without_any_match():
-    with pytest.raises(UserError, match="none of the 1 queries"):
-        retrieval.evaluate(on_circle(0), np.array([1]), np.array([1]), on_circle(0), np.array([1]), np.array([1]))
-
-
-def slow_retrieval(query, query_ids, query_cameras, gallery, gallery_ids, gallery_cameras):
-    precisions, penalties, firsts = [], [], []
-    for feature, identity, camera in zip(query, query_ids, query_cameras, strict=True):
-        ranking = []
-        for other, other_id, other_camera in zip(gallery, gallery_ids, gallery_cameras, strict=True):
-            removed = other_id == -1 or (other_id == identity and other_camera == camera and camera != -1)
-            if not removed:
-                cosine = feature @ other / np.sqrt((feature @ feature) * (other @ other))
-                ranking.append((-cosine, bool(other_id == identity)))  # False sorts first
-        ranks = [rank for rank, (_, right) in enumerate(sorted(ranking), start=1) if right]
-        if ranks:
-            precisions.append(sum((hit + 1) / rank for hit, rank in enumerate(ranks)) / len(ranks))
-            penalties.append(len(ranks) / ranks[-1])
-            firsts.append(ranks[0])
-    cmc = {f"rank{k}": sum(first <= k for first in firsts) / len(firsts) for k in (1, 5, 10)}
-    return {"mAP": np.mean(precisions), **cmc, "mINP": np.mean(penalties)}
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_retrieval_agrees_with_the_obvious_implementation(seed, monkeypatch):
-    generator = np.random.default_rng(seed)
-
-    def draw(number):
-        # Signs in 4 dimensions: cosines are exact multiples of 1/2, so there are many ties and no rounding.
-        features = generator.choice([-1.0, 1.0], (number, 4)).astype(np.float32)
-        return features, generator.integers(-1, 6, number), generator.integers(-1, 3, number)
-
-    arguments = *draw(17), *draw(60)
-    expected = pytest.approx(slow_retrieval(*arguments))
-    assert retrieval.evaluate(*arguments) == expected
-    monkeypatch.setattr(retrieval, "_BLOCK", 128)  # of two or three queries
-    assert retrieval.evaluate(*arguments) == expected
 
 
 def slow_verification(features, pairs):
@@ -165,13 +96,13 @@ def shards(tmp_path_factory):
     return root
 
 
-def test_flip_is_the_average_with_the_mirror_image(shards):
+def test_flip_is_the_average_with_the_mirror_image(shards, tmp_path):
     """A set that one benchmark reads with flip and another without gives each its own; a model of pixels alone."""
     stripes = f"{shards}/stripes"
     entry = f"{{name: %s, protocol: retrieval, query: {stripes}, gallery: {stripes}, flip: %s}}"
     more = f"[{entry % ('plain', 'false')}, {entry % ('mirrored', 'true')}]"
     recipe = recipe_file.load(str(shards / "tiny.yaml"), [("tasks.stripes.benchmarks", more)])
-    images = benchmarks.open_images(recipe)
+    images = open_images(recipe)
     size = images["stripes"].input
 
     projection = np.random.default_rng(0).normal(size=(3 * size[0] * size[1], 3)).astype(np.float32)
@@ -185,7 +116,10 @@ def test_flip_is_the_average_with_the_mirror_image(shards):
 
     images = {"stripes": images["stripes"]}
     ranges = {"stripes": range(len(images["stripes"]))}
-    predictions = benchmarks.predict(forward, images, ranges, 12, 7, 0)
+    files = FeatureFiles(tmp_path / "features")
+    files.create()
+    predict(forward, images, ranges, 7, 0, files)
+    predictions = files.read(images)
     found = benchmarks.score(only(recipe, ["stripes"]), images, predictions, {"stripes": []})
 
     data = EvaluationSet.open(stripes)
@@ -198,17 +132,20 @@ def test_flip_is_the_average_with_the_mirror_image(shards):
     for name, expected in (("plain", plain), ("mirrored", mirrored)):
         metrics = retrieval.evaluate(expected, ids, cameras, expected, ids, cameras)
         assert found[f"stripes/{name}"].metrics() == pytest.approx(metrics)
-        assert found[f"stripes/{name}"].flip == (name == "mirrored")
+        assert found[f"stripes/{name}"].settings == ({"flip": True} if name == "mirrored" else {})
     assert found["stripes/plain"].metrics() != found["stripes/mirrored"].metrics()
 
 
 def test_outcomes_name_what_they_are_of(shards):
     """Scores, weights and clusters of each protocol, from the shards' own names."""
     recipe = recipe_file.load(str(shards / "tiny.yaml"))
-    images = benchmarks.open_images(recipe)
+    images = open_images(recipe)
     generator = np.random.default_rng(0)
     predictions = {
-        name: (0, generator.normal(size=(len(of_task), 8)), generator.normal(size=(len(of_task), 3)))
+        name: {
+            "embedding": generator.normal(size=(len(of_task), 8)),
+            "logits": generator.normal(size=(len(of_task), 3)),
+        }
         for name, of_task in images.items()
     }
     found = benchmarks.score(recipe, images, predictions, {"colours": ["colour0", "colour1", "colour2"], "stripes": []})
@@ -229,12 +166,13 @@ def test_outcomes_name_what_they_are_of(shards):
 
 def test_outcomes_come_back_as_they_were_kept(tmp_path):
     arrays = classification.outcomes(np.eye(3)[[2, 1, 1]], np.array([2, 0, 1]))
-    kept = outcomes.Outcomes("classification", True, "digest", arrays)
+    kept = outcomes.Outcomes("classification", {"flip": True}, "digest", arrays)
     outcomes.store(tmp_path, 5, {"task/a name/with:odd characters": kept})
-    (file,) = (tmp_path / "evaluations" / "step-00000005").iterdir()  # and no temporary file
+    metrics, file = sorted((tmp_path / "evaluations" / "step-00000005").iterdir())  # and no temporary file
     assert file.name.startswith("task.")
+    assert json.loads(metrics.read_text()).keys() == {f"task/a name/with:odd characters/{m}" for m in kept.metrics()}
     found = outcomes.load(tmp_path, 5, "task/a name/with:odd characters")
-    assert (found.protocol, found.flip, found.data) == ("classification", True, "digest")
+    assert (found.protocol, found.settings, found.data) == ("classification", {"flip": True}, "digest")
     for name, array in arrays.items():
         np.testing.assert_array_equal(found.arrays[name], array)
     assert found.metrics() == {"top1": 2 / 3, "mean_per_class": 2 / 3}
