@@ -2,6 +2,7 @@
 it is not whole."""
 
 import json
+import os
 import shutil
 
 import faiss
@@ -113,6 +114,14 @@ def test_what_a_killed_one_has_left_is_no_index_and_in_nobodys_way(tmp_path, ext
     index.main([str(extracted / "glyphs"), str(photos), "--out", str(tmp_path / "index")])
     assert SearchIndex(tmp_path / "index").about.count == 8
     assert not left.exists()
+
+
+def test_names_that_are_no_text_are_indexed_too(tmp_path, extracted, capsys):
+    folder = tmp_path / os.fsdecode(b"photos/caf\xe9")
+    folder.mkdir(parents=True)
+    (folder / os.fsdecode(b"\xff.png")).write_bytes(make_images()[0])
+    index.main([str(extracted / "glyphs"), str(tmp_path / "photos"), "--out", str(tmp_path / "index")])
+    assert SearchIndex(tmp_path / "index").entries == [("caf\ufffd/\ufffd.png", "caf\ufffd")]
 
 
 # --- searching --------------------------------------------------------------------------------------------------------

@@ -1,7 +1,10 @@
 """What is said of images: the supernet's classes, neighbours and similarities, and one line where nothing can be."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -175,6 +178,18 @@ def test_a_pair_at_the_threshold_is_the_same(cut_out, photos, capsys):
     for threshold, same in ((cosine, True), (np.nextafter(cosine, 2), False)):
         calibrate(models, run, "digits", [(0.01, threshold)])
         assert said(capsys, models / "digits", *files)[1]["same"] is same
+
+
+def test_a_terminal_without_the_characters_is_no_fault(tmp_path, extracted, photos):
+    file = tmp_path / os.fsdecode(b"\xff.png")
+    file.write_bytes(files_of(photos)[0].read_bytes())
+    command = [sys.executable, "-c", "from ufo_ds.cli import main; raise SystemExit(main())", "predict"]
+    done = subprocess.run(
+        [*command, extracted / "digits", file], env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sorted(line.split()[0] for line in done.stdout.decode().splitlines()[1:]) == sorted(CLASSES["digits"])
 
 
 # --- wrong input ------------------------------------------------------------------------------------------------------

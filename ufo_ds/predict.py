@@ -9,6 +9,7 @@ A run directory and --task NAME do in place of an extracted model.
 
 import argparse
 import json
+import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -67,7 +68,8 @@ def main(argv: list[str] | None = None) -> None:
         about = {"model": model.name, "fingerprint": model.fingerprint, "task": model.task, "images": names}
         print(json.dumps(about | result))
     else:
-        print("\n".join(_lines(model, names, result)))
+        encoding = sys.stdout.encoding or "utf-8"  # may lack the bars, or what a file's name has
+        print("\n".join(_lines(model, names, result)).encode(encoding, "replace").decode(encoding))
 
 
 def classify(model: "TaskModel", pixels: torch.Tensor, top: int) -> dict[str, Any]:

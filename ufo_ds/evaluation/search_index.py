@@ -9,7 +9,8 @@
 
 ``flat`` compares with every embedding. ``ivf`` compares with those of the ``nprobe`` nearest of ``nlist`` k-means cells
 (Jégou et al., 2011, "Product quantization for nearest neighbor search", without the quantization); ``hnsw`` walks a
-graph of neighbours (Malkov and Yashunin, 2018). These two are faster and may miss some.
+graph of neighbours (Malkov and Yashunin, 2018), which comes out alike twice when it is built by one thread
+(``OMP_NUM_THREADS=1``). These two are faster and may miss some.
 
 faiss parses its file in C++ and was not made for hostile ones: open an index only if you trust who made it. What is
 checked before it is parsed, that it has the checksum of ``about.json`` and begins as one of the three kinds, finds
