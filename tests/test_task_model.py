@@ -140,6 +140,12 @@ def drop_weight(directory):
     save_file(state, directory / "model.safetensors", {"format": "pt"})
 
 
+def pickle_weights(directory):
+    """As old models have them: a file that runs what it says when it is loaded."""
+    torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+
+
 def cut_weights(directory):
     file = directory / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
@@ -150,6 +156,7 @@ def cut_weights(directory):
     [
         (drop_weight, "no weights for classifier.bias"),
         (cut_weights, "does not load"),
+        (pickle_weights, "does not load"),
         (lambda directory: (directory / "model.safetensors").unlink(), "does not load"),
         (lambda directory: (directory / "config.json").write_text("{"), "does not load"),
         (lambda directory: (directory / "config.json").write_text('{"model_type": "other"}'), "does not load"),
