@@ -158,7 +158,7 @@ def _lines(model: "TaskModel", names: list[str], result: dict[str, Any]) -> list
     probability = result["probability"]
     return [
         heading,
-        f"{_verdict(result['same'])}, probability of the same {probability:.4f}  {_bar(probability)}".rstrip(),
+        f"{_verdict(result['same'])}, probability of the same {probability:.4f}, where that is as likely as not before",
         *(
             f"  {_verdict(t['same'])} by the threshold {t['threshold']:.4f}, FAR {t['far']:g} "
             f"({t['far_interval'][0]:.2g} .. {t['far_interval'][1]:.2g} on {result['benchmark']}), TAR {t['tar']:.4f}"

@@ -14,7 +14,8 @@
     }
 
 A pair counts as the same when its cosine is the threshold or more. ``far`` is what was asked for, ``far_interval`` and
-``tar_interval`` say within which bounds the rates of the threshold are known.
+``tar_interval`` say within which bounds the rates of the threshold are known. The probability is that where half of
+all pairs are the same.
 """
 
 import json
@@ -48,7 +49,7 @@ class Probability:
     intercept: float
 
     def of(self, cosine: float) -> float:
-        """That two images with this cosine show the same."""
+        """That two images with this cosine show the same, where half of all pairs do."""
         return 0.5 * (1 + math.tanh((self.slope * cosine + self.intercept) / 2))  # the logistic function, no overflow
 
 
