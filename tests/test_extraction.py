@@ -20,11 +20,12 @@ from tests.small_run import (
     relative,
     write_checkpoint,
 )
-from ufo_ds import checkpoint, extract
+from ufo_ds import checkpoint, extract, recipe_file
 from ufo_ds.checkpoint import Reader
 from ufo_ds.errors import UserError
 from ufo_ds.model.loading import spec_of
 from ufo_ds.model.spec import SubnetSpec
+from ufo_ds.recipe import only
 from ufo_ds.subnets import extraction
 
 # --- extraction -------------------------------------------------------------------------------------------------------
@@ -86,6 +87,13 @@ def test_the_model_says_what_it_is(extracted):
     assert "pipeline_tag: image-feature-extraction" in (extracted / "glyphs" / "README.md").read_text()
     for task, routes in PATHS.items():
         assert json.loads((extracted / task / "spec.json").read_text()) == {"task": task, "routes": routes}
+
+
+def test_the_model_knows_the_recipe_of_its_task(extracted, model):
+    for task in CLASSES:
+        recipe = recipe_file.load(str(extracted / task / "recipe.yaml"))
+        assert recipe == only(model.recipe, [task])
+        assert [t.name for t in recipe.tasks] == [task]
 
 
 def test_the_number_of_parameters_is_that_of_the_path(tmp_path, reader):

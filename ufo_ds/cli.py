@@ -13,6 +13,8 @@ VERBS = {
     "evaluate": "run the benchmarks of a trained run",
     "compare": "compare two recipes by their runs, with intervals over seeds and test items",
     "extract": "cut one task out of a run as a dense Hugging Face model",
+    "index": "make an index of images, in which a model finds those most like another",
+    "predict": "say what an image shows, which images are like it, or whether two show the same",
 }
 _MODULES = {"data": "data_report"}  # of verbs that are not named as their module is
 

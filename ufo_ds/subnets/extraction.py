@@ -1,7 +1,8 @@
 """One path of a checkpoint as a dense Hugging Face model, and the certificate that it computes the same.
 
 The directory holds a ``ViTModel`` (embedding in ``pooler_output``) or, for a classification task,
-``ViTForImageClassification``, with the settings of its image processor, a model card and the spec of the path; no code.
+``ViTForImageClassification``, with the settings of its image processor, a model card, the spec of the path and the
+recipe of its task, benchmarks included; no code.
 A backbone with a stem or mean pooling, which these have no room for, is a ``UfoViTModel`` or
 ``UfoViTForImageClassification``: they load after ``import ufo_ds.model.hub``.
 """
@@ -32,11 +33,13 @@ from ufo_ds.model.dense import classifier_state, is_stock, vit_config, vit_state
 from ufo_ds.model.hub import UfoViTConfig, UfoViTForImageClassification, UfoViTModel
 from ufo_ds.model.loading import check_path, load_supernet
 from ufo_ds.model.spec import SubnetSpec
-from ufo_ds.recipe import Recipe
+from ufo_ds.recipe import Recipe, only
+from ufo_ds.recipe_file import to_yaml
 from ufo_ds.recipe_task import Task
 
 TOLERANCE = 1e-5  # of the largest output, in fp32
 CERTIFICATE = "certificate.json"
+RECIPE = "recipe.yaml"
 HUB = "ufo_ds.model.hub"  # imported above: what is not stock loads only with it
 
 
@@ -48,13 +51,8 @@ def extract(reader: Reader, spec: SubnetSpec, out: Path) -> int:
     """
     recipe = reader.recipe
     task = _task(recipe, spec.task)
-    check_path(reader, spec)
-
-    def read(name: str) -> torch.Tensor:
-        return reader.buffer(name) if name in reader.index.buffers else reader.parameter(name)
-
+    state = state_of(reader, spec)
     config = vit_config(recipe, spec.task)
-    state = vit_state(recipe, spec, read)
     stock = is_stock(recipe.model.backbone)
     model_class: type = ViTModel if stock else UfoViTModel
     if task.head.type == "linear":
@@ -62,8 +60,7 @@ def extract(reader: Reader, spec: SubnetSpec, out: Path) -> int:
         config.id2label = dict(enumerate(names))
         config.label2id = {name: label for label, name in enumerate(names)}
         model_class = ViTForImageClassification if stock else UfoViTForImageClassification
-        state = {f"vit.{name}": value for name, value in state.items()}
-        state |= classifier_state(task, read)
+        state = {name if name.startswith("classifier.") else f"vit.{name}": value for name, value in state.items()}
     with torch.device("meta"):
         model = model_class(config)
     missing = set(model.state_dict()) - set(state)
@@ -74,6 +71,7 @@ def extract(reader: Reader, spec: SubnetSpec, out: Path) -> int:
         model.save_pretrained(out, state_dict={name: value.contiguous() for name, value in state.items()})
         image_processor(recipe, task).save_pretrained(out)
         write_text(out / "spec.json", spec.to_json() + "\n")
+        write_text(out / RECIPE, to_yaml(only(recipe, [spec.task])))
         parameters = sum(value.numel() for value in state.values())
         write_text(out / "README.md", _card(reader, task, spec, parameters))
     except FileExistsError:
@@ -81,6 +79,23 @@ def extract(reader: Reader, spec: SubnetSpec, out: Path) -> int:
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}: choose a directory with room that you can write to") from None
     return parameters
+
+
+def state_of(reader: Reader, spec: SubnetSpec) -> dict[str, torch.Tensor]:
+    """Weights of a path by their names in ``ViTModel``, and ``classifier.*`` of a linear head; the rest is not read.
+
+    Raises:
+        UserError: the path does not fit the model.
+    """
+    recipe = reader.recipe
+    task = _task(recipe, spec.task)
+    check_path(reader, spec)
+
+    def read(name: str) -> torch.Tensor:
+        return reader.buffer(name) if name in reader.index.buffers else reader.parameter(name)
+
+    state = vit_state(recipe, spec, read)
+    return state | classifier_state(task, read) if task.head.type == "linear" else state
 
 
 def image_processor(recipe: Recipe, task: Task) -> ViTImageProcessorPil:

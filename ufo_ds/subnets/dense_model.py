@@ -1,0 +1,186 @@
+"""An extracted model as it lies in its directory, taken from pixels to embeddings and logits.
+
+Nothing in the directory is run or unpickled: weights are safetensors, classes those of transformers or
+:mod:`ufo_ds.model.hub`.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, ViTConfig
+from transformers.utils import logging
+
+from ufo_ds import recipe_file
+from ufo_ds.errors import UserError
+from ufo_ds.model.dense import vit_config
+from ufo_ds.model.heads import Outputs
+from ufo_ds.model.hub import UfoViTModel
+from ufo_ds.recipe import Recipe
+from ufo_ds.subnets.extraction import RECIPE, image_processor
+
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+# What, beside the weights, the outputs follow from. Absent ones are None.
+_ARCHITECTURE = (
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+    "layer_norm_eps", "qkv_bias", "image_size", "patch_size", "num_channels", "pooler_act", "pooler_output_size",
+    "stem", "pool",
+)  # fmt: skip
+
+
+def is_dense_model(path: Path) -> bool:
+    return (path / CONFIG).is_file()
+
+
+class DenseNetwork(nn.Module):
+    """Backbone, pooler and, for a linear head, classifier, in one pass over the backbone."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, recipe: Recipe, backbone: nn.Module, classifier: nn.Module | None):
+        super().__init__()
+        self.backbone, self.classifier = backbone, classifier
+        for name, values in (("mean", recipe.data.mean), ("std", recipe.data.std)):
+            self.register_buffer(name, 255 * torch.tensor(values)[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Outputs:
+        """
+        Args:
+            images: uint8 [B, 3, H, W], as ``evaluation_transform`` makes them.
+
+        Returns:
+            Embeddings [B, D] and logits [B, C], C = 0 without a classifier; fp32.
+        """
+        outputs = self.backbone((images.float() - self.mean) / self.std)
+        embedding_BD = outputs.pooler_output.float()
+        if self.classifier is None:
+            return Outputs(embedding_BD, embedding_BD[:, :0])
+        tokens_BLD = outputs.last_hidden_state
+        feature_BD = self.backbone.pooled(tokens_BLD) if isinstance(self.backbone, UfoViTModel) else tokens_BLD[:, 0]
+        return Outputs(embedding_BD, self.classifier(feature_BD).float())
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """
+    Attributes:
+        recipe: restricted to the model's task.
+        config: of the architecture.
+        state: weights by their names in ``ViTModel``, and ``classifier.*``; on the host.
+        network: on the device, in evaluation mode.
+        classes: names behind the logits; none without a classifier.
+    """
+
+    recipe: Recipe
+    config: ViTConfig
+    state: dict[str, Tensor]
+    network: DenseNetwork
+    classes: list[str]
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device | str = "cpu") -> "DenseModel":
+        """Load what ``ufo extract`` wrote.
+
+        Raises:
+            UserError: a file is missing or damaged, or what they say does not go together: preprocessing or
+                architecture are not those of the task's recipe.
+        """
+        if not (path / RECIPE).is_file():
+            raise UserError(f"{path} has no {RECIPE}, so its task is not known: extract it again with `ufo extract`")
+        recipe = recipe_file.load(str(path / RECIPE))
+        if len(recipe.tasks) != 1:
+            raise UserError(f"{path / RECIPE} has {len(recipe.tasks)} tasks, a model has one: extract it again")
+        _check_preprocessing(path, recipe)
+        try:
+            with _quiet():
+                config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+                _check_architecture(path, recipe, config)
+                backbone = _load(AutoModel, path)
+                linear = recipe.tasks[0].head.type == "linear"
+                classifier = _load(AutoModelForImageClassification, path).classifier if linear else None
+        except (OSError, ValueError, RuntimeError, StrictDataclassError, SafetensorError) as error:
+            raise UserError(f"{path} does not load: {str(error).splitlines()[0]}: extract it again") from None
+        state = dict(backbone.state_dict())
+        if classifier is not None:
+            state |= {f"classifier.{name}": value for name, value in classifier.state_dict().items()}
+        state = {name: value.cpu() for name, value in state.items()}
+        classes = [config.id2label[label] for label in range(len(config.id2label))] if linear else []
+        network = DenseNetwork(recipe, backbone, classifier).to(device).eval()
+        return cls(recipe, config, state, network, classes)
+
+
+def architecture(config: ViTConfig) -> dict[str, Any]:
+    """What the outputs follow from beside the weights, as plain values, the same for what makes no difference."""
+    values = {name: getattr(config, name, None) for name in _ARCHITECTURE}
+    size = values["image_size"]
+    values["image_size"] = [size] * 2 if isinstance(size, int) else list(size or [])
+    values["stem"] = list(values["stem"] or [])
+    return values
+
+
+def _load(auto: Any, path: Path) -> Any:
+    """
+    Raises:
+        UserError: weights are missing, which transformers would draw at random.
+    """
+    model, info = auto.from_pretrained(
+        path, output_loading_info=True, use_safetensors=True, trust_remote_code=False, local_files_only=True
+    )
+    missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if missing:
+        raise UserError(f"{path} has no weights for {missing[0]} of its architecture: extract it again")
+    return model
+
+
+def _check_preprocessing(path: Path, recipe: Recipe) -> None:
+    """
+    Raises:
+        UserError: the stock image processor would make other pixels than the task's.
+    """
+    try:
+        stated = json.loads((path / PROCESSOR).read_text())
+        assert isinstance(stated, dict)
+    except (OSError, ValueError, AssertionError):
+        raise UserError(f"{path / PROCESSOR} is missing or no image processor: extract the model again") from None
+    wanted = json.loads(image_processor(recipe, recipe.tasks[0]).to_json_string())
+    for key in {**wanted, **stated}:
+        if stated.get(key) != wanted.get(key):
+            raise UserError(
+                f"{path / PROCESSOR}: {key} is {stated.get(key)!r}, the task's recipe says {wanted.get(key)!r}: "
+                "restore it or extract the model again"
+            )
+
+
+def _check_architecture(path: Path, recipe: Recipe, config: Any) -> None:
+    """
+    Raises:
+        UserError: it is another one than the recipe's.
+    """
+    stated, wanted = architecture(config), architecture(vit_config(recipe, recipe.tasks[0].name))
+    for key, value in wanted.items():
+        if stated[key] != value:
+            raise UserError(
+                f"{path / CONFIG}: {key} is {stated[key]!r}, the task's recipe says {value!r}: extract the model again"
+            )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers reports, as a warning, the half of the file that the other of two classes reads."""
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,154 @@
+"""One task of what was trained, ready to be used: an extracted model, or a path of a run's supernet.
+
+Both have the same fingerprint when they are the same model, so that an index or a calibration made with one serves the
+other.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import ViTConfig
+
+from ufo_ds import checkpoint
+from ufo_ds.data.mixing import Batch, TaskBatch
+from ufo_ds.errors import UserError
+from ufo_ds.model.dense import vit_config
+from ufo_ds.model.heads import Outputs
+from ufo_ds.model.loading import load_supernet, spec_of
+from ufo_ds.model.supernet import Supernet
+from ufo_ds.recipe import Recipe, only
+from ufo_ds.recipe_task import Size
+from ufo_ds.subnets.dense_model import DenseModel, architecture, is_dense_model
+from ufo_ds.subnets.extraction import image_processor, state_of
+
+
+@dataclass(frozen=True)
+class TaskModel:
+    """
+    Attributes:
+        name: where it is from, as a message or a file names it.
+        recipe: restricted to the task.
+        classes: names behind the logits, of a linear head; of a margin head none.
+        fingerprint: sha256 of weights, architecture and preprocessing.
+        calibration: where its calibration is kept, if it has one; see :mod:`ufo_ds.subnets.calibration_file`.
+        network: uint8 [B, 3, H, W] to :class:`Outputs`.
+        device: of the network.
+    """
+
+    name: str
+    recipe: Recipe
+    classes: list[str]
+    fingerprint: str
+    calibration: Path
+    network: nn.Module
+    device: str
+
+    @property
+    def task(self) -> str:
+        return self.recipe.tasks[0].name
+
+    @property
+    def input(self) -> Size:
+        """Height and width of images."""
+        return self.recipe.tasks[0].input
+
+    @torch.no_grad()
+    def embed(self, images: Tensor, flip: bool = False) -> Outputs:
+        """Run images.
+
+        Args:
+            images: uint8 [B, 3, H, W], as ``evaluation_transform`` makes them for :attr:`input`; on any device.
+            flip: average the outputs with those of the mirror images, as a benchmark with ``flip`` does.
+
+        Returns:
+            Embeddings [B, D], not normalised, and logits [B, C]; fp32, on the host.
+        """
+        images = images.to(self.device)
+        outputs = self.network(images)
+        if flip:
+            mirrored = self.network(images.flip(3))
+            outputs = Outputs(*((one + other) / 2 for one, other in zip(outputs, mirrored, strict=True)))
+        return Outputs(*(tensor.float().cpu() for tensor in outputs))
+
+    def forward(self, batch: Batch) -> dict[str, Outputs]:
+        """The task's part of a batch, as ``ufo_ds.evaluation.benchmarks.predict`` runs models."""
+        return {self.task: self.embed(batch.tasks[self.task].images)}
+
+
+def open_model(path: Path, task: str | None = None, device: str = "cpu") -> TaskModel:
+    """Open a model directory of ``ufo extract``, or a task of a run directory (its best checkpoint) or checkpoint.
+
+    Args:
+        task: which of the run's tasks; may be left out where there is one.
+
+    Raises:
+        UserError: neither is there, files are missing or damaged, no such task, or no such device.
+    """
+    _check_device(device)
+    if is_dense_model(path):
+        dense = DenseModel.load(path, device)
+        found = dense.recipe.tasks[0].name
+        if task not in (None, found):
+            raise UserError(f"--task {task}: {path} is a model of task {found!r}: leave --task out or use that model")
+        digest = fingerprint(dense.config, dense.state, dense.recipe)
+        where = path / "calibration.json"
+        return TaskModel(str(path), dense.recipe, dense.classes, digest, where, dense.network, device)
+    if not (path / checkpoint.INDEX).is_file() and not checkpoint.find(path / "checkpoints"):
+        raise UserError(f"{path} is neither a model of `ufo extract` nor a run directory with a checkpoint")
+    reader = checkpoint.Reader(checkpoint.of_run(path))
+    names = [t.name for t in reader.recipe.tasks]
+    if task is None and len(names) > 1:
+        raise UserError(f"{path} has the tasks {', '.join(names)}: choose one with --task")
+    task = names[0] if task is None else task
+    recipe, spec = only(reader.recipe, [task]), spec_of(reader, task)
+    reader.verify()
+    digest = fingerprint(vit_config(recipe, task), state_of(reader, spec), recipe)
+    classes = reader.index.classes[task] if recipe.tasks[0].head.type == "linear" else []
+    network = _PathNetwork(load_supernet(reader, [spec], device), task)
+    where = path / f"calibration-{task}.json"
+    return TaskModel(f"{path} --task {task}", recipe, classes, digest, where, network, device)
+
+
+class _PathNetwork(nn.Module):
+    """A supernet with one task."""
+
+    def __init__(self, supernet: Supernet, task: str):
+        super().__init__()
+        self.supernet, self.task = supernet, task
+
+    def forward(self, images: Tensor) -> Outputs:
+        count = len(images)
+        labels = torch.zeros(count, dtype=torch.int64, device=images.device)
+        return self.supernet(Batch(0, 0, {self.task: TaskBatch(images, labels, range(count), count)}, {}))[self.task]
+
+
+def fingerprint(config: ViTConfig, state: Mapping[str, Tensor], recipe: Recipe) -> str:
+    """sha256 of all that an embedding follows from: architecture, preprocessing and every weight, to the bit.
+
+    Args:
+        state: by the names in ``ViTModel``, and ``classifier.*``.
+        recipe: of the one task.
+    """
+    values: dict[str, Any] = {
+        "architecture": architecture(config),
+        "preprocessing": json.loads(image_processor(recipe, recipe.tasks[0]).to_json_string()),
+    }
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    for name in sorted(state):
+        value = state[name].detach().contiguous()
+        digest.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        raise UserError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
