@@ -31,8 +31,8 @@ def of_benchmark(found: Outcomes, names: Mapping[int, str], lists: int) -> Value
     arrays = found.arrays
     values: Values = {}
     if "first_rank" in arrays:
-        values["cmc"] = cmc(arrays["first_rank"], _last_rank(arrays))
-    if "average_precision" in arrays:
+        values["cmc"] = cmc(arrays)
+    if {"average_precision", "query"} <= arrays.keys():
         values["average_precisions"] = histogram({"queries": arrays["average_precision"]}, 0.0, 1.0, 20)
     if {"shown", "shown_top", "shown_right"} <= arrays.keys():
         values["rank_lists"] = rank_lists(arrays, lists)
@@ -49,18 +49,18 @@ def of_benchmark(found: Outcomes, names: Mapping[int, str], lists: int) -> Value
         values |= confusions(arrays, names)
         values["mistakes"] = mistakes(arrays, names, lists)
     if {"right", "target"} <= arrays.keys():
-        values["attributes"] = attributes(arrays["right"], arrays["target"])
+        values["attributes"] = attributes(arrays["right"], arrays["target"], names)
     if {"right", "ways"} <= arrays.keys():
         values["episodes"] = {"count": len(arrays["right"]), "ways": int(arrays["ways"].flat[0])}
     return values
 
 
-def _last_rank(arrays: Arrays) -> int:
-    return max(_RANKS, int(arrays["at"].max())) if "at" in arrays else _RANKS
-
-
-def cmc(first_rank: np.ndarray, last: int) -> Values:
+def cmc(arrays: Arrays) -> Values:
     """Cumulated match characteristic: the share of queries whose first right image is at rank k or before."""
+    first_rank = arrays["first_rank"].astype(float)
+    if "relevant" in arrays:
+        first_rank[arrays["relevant"] == 0] = np.inf
+    last = max(_RANKS, int(arrays["at"].max())) if "at" in arrays else _RANKS
     ranks = np.unique(np.geomspace(1, last, _POINTS).round().astype(int)) if last > _RANKS else np.arange(1, last + 1)
     return {"rank": ranks.tolist(), "share": [float(np.mean(first_rank <= rank)) for rank in ranks]}
 
@@ -202,12 +202,12 @@ def _name(names: Mapping[int, str], label: int) -> str:
     return names.get(int(label), f"class {label}")
 
 
-def attributes(right: np.ndarray, target: np.ndarray) -> list[Values]:
+def attributes(right: np.ndarray, target: np.ndarray, names: Mapping[int, str]) -> list[Values]:
     """Of each attribute how many images have it, and the shares of those with and without it that are told rightly."""
     right, target = right.astype(bool), target.astype(bool)
     return [
         {
-            "attribute": a,
+            "attribute": names.get(a, f"attribute {a}"),
             "positive": int(target[:, a].sum()),
             "negative": int((~target[:, a]).sum()),
             "right_of_positive": _share(right[:, a], target[:, a]),
