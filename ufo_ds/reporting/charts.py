@@ -189,10 +189,11 @@ def swatch(colour: int, dash: int) -> Markup:
 
 
 def strip(rows: Sequence[tuple[float, float, float, int] | None], chance: Number, others: Sequence[float]) -> Markup:
-    """Metrics in 0..1 on one scale: of each run (value, low, high, colour) a dot on its interval; a bar for chance,
-    diamonds for figures of ``others``."""
+    """Metrics in 0..1 on one scale: of each run (value, low, high, colour) a dot on its interval; a line for chance,
+    and below diamonds for figures of ``others``."""
     width, step, left = 190, 13, 6
-    height = step * len(rows) + 8
+    below = 4 + step * len(rows)
+    height = below + (12 if others else 4)
 
     def at(value: float) -> float:
         return left + min(1.0, max(0.0, value)) * (width - 2 * left)
@@ -206,7 +207,7 @@ def strip(rows: Sequence[tuple[float, float, float, int] | None], chance: Number
         (value, low, high, colour), y = row, 4 + step * (number + 0.5)
         parts.append(f'<path class="whisker c{colour % COLOURS}" d="M{at(low):.1f} {y}H{at(high):.1f}"/>')
         parts.append(f'<circle class="dot c{colour % COLOURS}" cx="{at(value):.1f}" cy="{y}" r="3.6"/>')
-    parts += [f'<path class="other" d="M{at(v):.1f} {height / 2 - 4}l4 4l-4 4l-4 -4z"/>' for v in others]
+    parts += [f'<path class="other" d="M{at(v):.1f} {below + 1}l3.5 3.5l-3.5 3.5l-3.5 -3.5z"/>' for v in others]
     return _svg(width, height, "the same figures drawn from 0 to 100 %", parts, "strip")
 
 
@@ -245,7 +246,7 @@ def route_map(unit: str, routes: dict[str, Sequence[str]], own: Callable[[str, i
     """One unit of all tasks: in each layer (a column) the tasks that share are joined; a square is a copy of its own, a
     diamond not decided yet. ``own(task, layer)``: its probability, where it was learned."""
     cell, letters = 22, min(16, max(map(len, routes)))
-    left, top = 12 + 6.3 * letters, 20
+    left, top = 12 + 7 * letters, 20
     layers = max(map(len, routes.values()))
     every = 1 if layers <= 16 else 4
     parts = []

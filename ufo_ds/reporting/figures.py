@@ -30,24 +30,27 @@ def published() -> dict[str, dict[str, list[dict[str, str]]]]:
 
 
 def of_runs(runs: Sequence[Run], pictures: AllPictures) -> Values:
-    """All figures of a report about runs, of which the first is its subject."""
+    """All figures of a report about runs, of which the first is its subject. A benchmark is of the protocol with which
+    the first run that has it was evaluated; a run evaluated with another one has no result there."""
     keys = list(dict.fromkeys(key for run in runs for key in run.benchmarks))
     elsewhere = published()
     lists = max(3, _LISTS // len(runs))
-    values = {
-        "runs": [_run(run) for run in runs],
-        "benchmarks": {
-            key: {
-                **_about(next(run.benchmarks[key] for run in runs if key in run.benchmarks), elsewhere),
-                "runs": [
-                    _result(run, key, pictures[number, key], lists) if key in run.benchmarks else None
-                    for number, run in enumerate(runs)
-                ],
-                "differences": [_difference(runs[0], run, key) for run in runs[1:]],
-            }
-            for key in keys
-        },
-    }
+    benchmarks = {}
+    for key in keys:
+        about = _about(next(run.benchmarks[key] for run in runs if key in run.benchmarks), elsewhere)
+        alike = [key in r.benchmarks and r.benchmarks[key].outcomes.protocol == about["protocol"] for r in runs]
+        benchmarks[key] = {
+            **about,
+            "runs": [
+                _result(run, key, pictures[number, key], lists) if alike[number] else None
+                for number, run in enumerate(runs)
+            ],
+            "differences": [
+                _difference(runs[0], run, key) if alike[0] and its else None
+                for run, its in zip(runs[1:], alike[1:], strict=True)
+            ],
+        }
+    values = {"runs": [_run(run) for run in runs], "benchmarks": benchmarks}
     return _finite(values)
 
 
@@ -201,11 +204,10 @@ def _result(run: Run, key: str, pictures: Pictures, lists: int) -> Values:
 
 
 def _difference(subject: Run, other: Run, key: str) -> Values | None:
-    """Of another run to the subject, with an interval over test items; None unless both met the same items."""
-    if key not in subject.benchmarks or key not in other.benchmarks:
-        return None
+    """Of another run to the subject, with an interval over test items; None unless both met the same
+    items."""
     mine, its = subject.benchmarks[key].outcomes, other.benchmarks[key].outcomes
-    if (mine.protocol, mine.data, len(mine.scores)) != (its.protocol, its.data, len(its.scores)):
+    if (mine.data, len(mine.scores)) != (its.data, len(its.scores)):
         return None
     if mine.items.clusters < 2:
         return None

@@ -46,7 +46,7 @@ FORMS: dict[str, Callable[[Any], str]] = {
     "signed": lambda v: f"{100 * v:+.1f}".replace("-", "\N{MINUS SIGN}"),
     "count": lambda v: f"{v:,}",
     "decimals": lambda v: f"{v:.3f}",
-    "millions": lambda v: f"{v / 1e6:,.2f}" if v < 1e9 else f"{v / 1e6:,.1f}",
+    "millions": lambda v: f"{v / 1e6:,.2f}" if v >= 1e5 else f"{v / 1e6:.2g}",
     "billions": lambda v: f"{v / 1e9:,.3g}" if v < 1e12 else f"{v / 1e9:,.0f}",
     "text": str,
 }
@@ -82,6 +82,7 @@ def render(figures: Values, pictures: AllPictures) -> str:
         course=_course(figures),
         training=_training(figures),
         behind=lambda key: _behind(figures["runs"], figures["benchmarks"][key]),
+        all_own=[_all_own(run["routes"]) for run in figures["runs"]],
         maps=[_maps(run["routes"]) for run in figures["runs"]],
         route_courses=[_route_courses(run["routes"]) for run in figures["runs"]],
         figures_json=as_json(figures),
@@ -213,7 +214,7 @@ def _behind(runs: Sequence[Values], benchmark: Values) -> list[Chart]:
         if lines:
             charts_of.append(Chart(title, charts.line_chart(lines, x, y, title), lines if len(runs) > 1 else ()))
 
-    share = Axis(low=0.0, high=1.0, percent=True)
+    share = Axis(high=1.0, percent=True)
     last = max((r["cmc"]["rank"][-1] for r in results if r and "cmc" in r), default=1)
     curves("cmc", "rank", "share", "Found at rank k or before", Axis("k", 1, last, log=last > 50), Axis(percent=True))
     for key, title in (
@@ -244,13 +245,22 @@ def _behind(runs: Sequence[Values], benchmark: Values) -> list[Chart]:
     return charts_of
 
 
+def _all_own(routes: Values) -> list[str]:
+    """Units of which every task has its own copy in all layers: nothing to draw."""
+    everyone = list(routes["of_tasks"].values())
+    return [
+        name for unit, name in _UNITS.items()
+        if all(route == "own" for by_unit in everyone for route in by_unit[unit])
+    ]  # fmt: skip
+
+
 def _maps(routes: Values) -> list[Chart]:
-    """A map for every unit that any task has its own copy of."""
+    """A map for every unit in which tasks differ, or share in some layers."""
     found = []
     of_tasks = routes["of_tasks"]
     for unit in next(iter(of_tasks.values())):
         rows = {task: by_unit[unit] for task, by_unit in of_tasks.items()}
-        if any(route != "shared" for layers in rows.values() for route in layers):
+        if {route for layers in rows.values() for route in layers} not in ({"shared"}, {"own"}):
 
             def own(task: str, layer: int, unit: str = unit) -> charts.Number:
                 course = routes["own"].get(task, {}).get(unit)
