@@ -22,7 +22,7 @@ PROTOCOLS = {
         "Retrieval", "queries",
         "Each query ranks the gallery by similarity; images of its own identity from its own camera do not count.",
     ),
-    "recall": ("Retrieval", "queries", "Each image ranks all others; is its own identity among the first k?"),
+    "recall": ("Retrieval", "queries", "Each query ranks all images; is its own identity among the first k?"),
     "random_gallery": (
         "Retrieval", "queries", "One image of each identity, drawn at random, is the gallery; averaged over ten draws.",
     ),
@@ -275,7 +275,7 @@ def _route_courses(routes: Values) -> list[Chart]:
     found = []
     for task, by_unit in routes["own"].items():
         lines = [
-            Series(unit, routes["step"], values, kind, kind)
+            Series(_UNITS[unit], routes["step"], values, kind, kind)
             for kind, (unit, layers) in enumerate(by_unit.items())
             for values in layers if any(value is not None for value in values)
         ]  # fmt: skip
