@@ -11,6 +11,7 @@ VERBS = {
     "shards": "turn images into WebDataset shards with a manifest; verify them",
     "data": "look at a recipe's data: figures, a batch as training sees it, test images that training has seen",
     "evaluate": "run the benchmarks of a trained run",
+    "report": "the results of runs as one page: metrics with intervals, curves, pictures, routes, costs",
     "compare": "compare two recipes by their runs, with intervals over seeds and test items",
     "extract": "cut one task out of a run as a dense Hugging Face model",
     "index": "make an index of images, in which a model finds those most like another",

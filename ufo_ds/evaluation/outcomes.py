@@ -84,7 +84,7 @@ def store(run: Path, step: int, outcomes: Mapping[str, Outcomes]) -> None:
         for key, found in outcomes.items():
             about = {"benchmark": key, "protocol": found.protocol, "flip": found.flip, "data": found.data, "step": step}
             arrays = {name: a.astype(np.int32) if a.dtype.kind == "i" else a for name, a in found.arrays.items()}
-            checkpoint.write_bytes(_path(run, step, key), save(arrays, {"about": json.dumps(about)}))
+            checkpoint.write_bytes(path_of(run, step, key), save(arrays, {"about": json.dumps(about)}))
     except OSError as error:
         raise UserError(
             f"{run}: outcomes for `ufo compare` not kept ({error.strerror}): make room or get permission to write there"
@@ -97,7 +97,7 @@ def load(run: Path, step: int, key: str) -> Outcomes:
     Raises:
         UserError: nothing was, or the file is damaged.
     """
-    path = _path(run, step, key)
+    path = path_of(run, step, key)
     if not path.is_file():
         raise UserError(
             f"{path} is missing: finish the training in {run}, or `ufo evaluate {run} --last` if it is finished"
@@ -112,6 +112,6 @@ def load(run: Path, step: int, key: str) -> Outcomes:
         raise UserError(f"{path} is damaged ({error}): make it again with `ufo evaluate {run} --last`") from None
 
 
-def _path(run: Path, step: int, key: str) -> Path:
+def path_of(run: Path, step: int, key: str) -> Path:
     task, benchmark = key.split("/", 1)
     return directory_of(run, step) / f"{task}.{quote(benchmark, safe='')}.safetensors"

@@ -191,6 +191,24 @@ def joined(cluster_N2: np.ndarray, same_N: np.ndarray) -> np.ndarray:
     return connected_components(links, directed=False)[1][number_N2]
 
 
+def interval(score_N: np.ndarray, items: Items, alpha: float = ALPHA) -> tuple[float, float]:
+    """Where the mean of one run's scores, each in 0..1, may lie on other items of the same kind.
+
+    Wilson's interval (1927) for as many items as would have the variance found between clusters (the effective sample
+    size of Korn and Graubard, 1998), with Student's t. Where all scores are alike every cluster counts as one item.
+    """
+    mean, freedom = float(np.clip(items.weight @ score_N, 0, 1)), items.clusters - 1
+    if freedom < 1:
+        return 0.0, 1.0
+    alike = score_N.min() == score_N.max()
+    variance = mean * (1 - mean) / items.clusters if alike else cluster_variance(score_N, items)
+    size = float(items.clusters) if alike else mean * (1 - mean) / variance
+    squared = _quantile(freedom, alpha) ** 2
+    middle = (mean + squared / (2 * size)) / (1 + squared / size)
+    half = (squared * variance + squared**2 / (4 * size**2)) ** 0.5 / (1 + squared / size)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusted p-values: calling all those up to alpha differences is wrong anywhere with probability alpha at most
     (Holm, 1979)."""
