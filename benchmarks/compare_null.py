@@ -24,8 +24,9 @@ from ufo_ds.compare import Arm, Run, compare, read_run
 from ufo_ds.evaluation import statistics
 from ufo_ds.evaluation.outcomes import Outcomes
 from ufo_ds.evaluation.statistics import ALPHA, Difference
+from ufo_ds.recipe_benchmark import Protocol
 
-PROTOCOLS = ("retrieval", "verification", "classification")
+PROTOCOLS: tuple[Protocol, ...] = ("retrieval", "verification", "classification")
 DEMO = recipe_file.load("demo")  # simulated runs need some recipe
 SEEDS = ((3, 3), (5, 5), (2, 2))
 
@@ -41,7 +42,7 @@ class Population:
 
     def __init__(
         self,
-        protocol: str,
+        protocol: Protocol,
         generator: np.random.Generator,
         sampled: float = 0.0,
         seed: float = 0.1,
@@ -75,7 +76,7 @@ class Population:
         level = self.difficulty + self.of_arm[arm] + self.effect * (arm == 0) + self._draw(0.4)
         level = level + self.generator.normal(0, self.seed)
         arrays = self.arrays | {"right": level > 0, "average_precision": 1 / (1 + np.exp(-2 * level))}
-        return Outcomes(self.protocol, False, "simulated", arrays)
+        return Outcomes(self.protocol, {}, "simulated", arrays)
 
     def difference(self, seeds: tuple[int, int]) -> Difference:
         a, b = ([self.run(arm) for _ in range(seeds[arm])] for arm in (0, 1))

@@ -15,9 +15,11 @@ from ufo_ds.data.audit import Audit, audit, counts_of
 from ufo_ds.data.evaluation_set import EvaluationSet
 from ufo_ds.data.shards import ShardSet
 from ufo_ds.errors import UserError, run
-from ufo_ds.evaluation import benchmarks, classification, overlap, retrieval, verification
+from ufo_ds.evaluation import classification, overlap, retrieval, verification
+from ufo_ds.evaluation.features import open_images
 from ufo_ds.recipe import only
-from ufo_ds.recipe_task import Benchmark, TrainSet
+from ufo_ds.recipe_benchmark import Benchmark
+from ufo_ds.recipe_task import TrainSet
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +108,10 @@ def test_metrics_without_overlap_are_those_of_the_subset(found, root, tmp_path):
         "stripes/stripe_pairs": {f"{root}/pairs": set(seen)},
     }
 
-    images = benchmarks.open_images(recipe)
+    images = open_images(recipe)
     generator = np.random.default_rng(0)
     outputs = {name: generator.normal(size=(len(of_task), 6)).astype(np.float32) for name, of_task in images.items()}
-    predictions = {name: (0, values, values[:, :3]) for name, values in outputs.items()}
+    predictions = {name: {"embedding": values, "logits": values[:, :3]} for name, values in outputs.items()}
     classes = {"colours": ["colour0", "colour1", "colour2"], "stripes": []}
     without = overlap.score_without(recipe, images, predictions, classes, left_out)
 
@@ -133,9 +135,9 @@ def test_metrics_without_overlap_are_those_of_the_subset(found, root, tmp_path):
 
 def test_too_few_left_and_nothing_left_out(root):
     recipe = only(recipe_file.load(str(root / "audit.yaml")), ["colours"])
-    images = {"colours": benchmarks.open_images(recipe)["colours"]}
+    images = {"colours": open_images(recipe)["colours"]}
     scores = np.eye(8, 3, dtype=np.float32)
-    predictions, classes = {"colours": (0, scores, scores)}, {"colours": ["colour0", "colour1", "colour2"]}
+    predictions, classes = {"colours": {"logits": scores}}, {"colours": ["colour0", "colour1", "colour2"]}
     everything = {"colours/colours": {f"{root}/classes": set(range(8))}}
     without = overlap.score_without(recipe, images, predictions, classes, everything)
     assert without == {"colours/colours": None}

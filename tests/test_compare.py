@@ -16,7 +16,7 @@ from tests import tiny
 from ufo_ds import cli, recipe_file
 from ufo_ds.compare import compare as compare_arms
 from ufo_ds.compare import read_arm, report
-from ufo_ds.evaluation import outcomes, statistics
+from ufo_ds.evaluation import classification, outcomes, statistics
 from ufo_ds.evaluation.outcomes import Outcomes
 from ufo_ds.evaluation.statistics import Difference, Items, cluster_variance
 from ufo_ds.training.run_directory import RunDirectory
@@ -183,7 +183,8 @@ def write_run(path, seed, protocols=PROTOCOLS, effect=0.0, items=300, test_set=0
         run = population.run(0)
         ones = np.ones(items, dtype=int)
         more = {"first_rank": ones, "inverse_penalty": ones, "label": ones, "rank": ones, "classes": np.array([2])}
-        result = Outcomes(protocol, flip, f"data {test_set}", run.arrays | more)
+        more |= {"similarity": np.zeros(items), "same": ones == 1}
+        result = Outcomes(protocol, {"flip": True} if flip else {}, f"data {test_set}", run.arrays | more)
         outcomes.store(path, 7, {f"a_{protocol}/test": result})
 
 
@@ -320,7 +321,7 @@ def test_refusals(tmp_path, capsys):
 
 def test_going_on_drops_later_evaluations(tmp_path):
     """They are about to be made again, maybe at other steps."""
-    kept = Outcomes("classification", False, "digest", {"right": np.ones(2, dtype=bool)})
+    kept = Outcomes("classification", {}, "digest", classification.outcomes(np.eye(2), np.arange(2)))
     for step in (6, 12):
         outcomes.store(tmp_path, step, {"a/b": kept})
     directory = RunDirectory(tmp_path, DEMO, {}, tensorboard=False)

@@ -8,7 +8,17 @@ from tests.test_losses import randn, random_labels, slow_triplet
 from ufo_ds import losses
 from ufo_ds.model.classifiers import draw_rows
 from ufo_ds.model.heads import LOSSES, BatchNormNeck, TaskHead
-from ufo_ds.recipe_task import AMSoftmax, ArcFace, Circle, CosFace, CrossEntropy, Head, Loss, Triplet
+from ufo_ds.recipe_task import (
+    AMSoftmax,
+    ArcFace,
+    BinaryCrossEntropy,
+    Circle,
+    CosFace,
+    CrossEntropy,
+    Head,
+    Loss,
+    Triplet,
+)
 from ufo_ds.seeding import torch_generator
 
 # --- the neck ---------------------------------------------------------------------------------------------------------
@@ -112,6 +122,7 @@ def cosines(features, weight):
     ("kind", "loss"),
     [
         ("linear", {"cross_entropy": CrossEntropy(label_smoothing=0.1, weight=2.0)}),
+        ("linear", {"binary_cross_entropy": BinaryCrossEntropy(weight=2.0)}),
         ("margin", {"cosface": CosFace(scale=8, margin=0.2)}),
     ],
 )
@@ -137,6 +148,18 @@ def test_a_linear_heads_losses_are_the_weighted_mean():
     found = dict(zip(LOSSES, head(features, labels, 9).tolist(), strict=True))
     wanted = 2.0 * F.cross_entropy(logits, labels, label_smoothing=0.1).item()
     assert found == dict.fromkeys(LOSSES, 0.0) | {"cross_entropy": pytest.approx(wanted)}
+
+
+def test_mixed_attributes_are_soft_targets():
+    head = make_head("linear", binary_cross_entropy=BinaryCrossEntropy(weight=2.0))
+    features, labels, others = randn(9, 6), random_labels(9, 16), random_labels(9, 16, seed=1)
+    weight = torch.rand(9, generator=torch.Generator().manual_seed(2))
+    one, other = [((x[:, None] & torch.tensor([1, 2, 4, 8])) > 0).float() for x in (labels, others)]
+    logits = features @ head.classifier.weight.T + head.classifier.bias
+    found = dict(zip(LOSSES, head(features, labels, 9, mix=(others, weight)).tolist(), strict=True))
+    targets = weight[:, None] * one + (1 - weight[:, None]) * other
+    wanted = 2.0 * F.binary_cross_entropy_with_logits(logits, targets).item()
+    assert found == dict.fromkeys(LOSSES, 0.0) | {"binary_cross_entropy": pytest.approx(wanted)}
 
 
 def test_a_margin_heads_losses_see_the_neck_and_the_triplet_does_not():
@@ -182,7 +205,9 @@ def test_every_loss_of_a_margin_head_is_on_its_cosines():
         "circle": losses.circle(x, labels, 9, 0.2).mean(),
     }
     found = dict(zip(LOSSES, head(features, labels, 9).tolist(), strict=True))
-    assert found == {"triplet": 0.0} | {name: pytest.approx(value.item(), rel=1e-5) for name, value in wanted.items()}
+    assert found == dict.fromkeys(LOSSES, 0.0) | {
+        name: pytest.approx(value.item(), rel=1e-5) for name, value in wanted.items()
+    }
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 1.0])

@@ -16,7 +16,8 @@ from ufo_ds.data.evaluation_set import EvaluationSet
 from ufo_ds.data.layouts import READERS
 from ufo_ds.data.shards import verify
 from ufo_ds.errors import UserError
-from ufo_ds.recipe_task import Benchmark, TrainSet
+from ufo_ds.recipe_benchmark import Benchmark
+from ufo_ds.recipe_task import TrainSet
 
 # What a part should hold: path below the source, label, camera.
 Parts = dict[str, list[tuple[str, str, str | None]]]

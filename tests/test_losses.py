@@ -53,6 +53,28 @@ def test_cosface_of_no_samples_is_empty():
     assert losses.cosface(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), 30, 0.2).shape == (0,)
 
 
+# --- attributes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attributes", [1, 5, 63])
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_binary_cross_entropy_is_torchs_on_the_bits(attributes, count):
+    logits = 3 * randn(count, attributes)
+    targets = (randn(count, attributes, seed=1) > 0.5).float()
+    labels = torch.tensor([sum(2**i for i in row.nonzero()[:, 0].tolist()) for row in targets], dtype=torch.int64)
+    found = losses.binary_cross_entropy(logits, labels)
+    wanted = torch.nn.BCEWithLogitsLoss(reduction="none")(logits, targets).mean(1)
+    assert found.shape == (count,)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(losses.binary_cross_entropy(logits.bfloat16(), labels), wanted, rtol=0.05, atol=0.05)
+
+
+def test_binary_cross_entropy_by_hand():
+    # Has attributes 0 and 2, of logits ln 3, 0, -ln 3: -ln 3/4, -ln 1/2, -ln 1/4, in all ln(4/3 x 2 x 4).
+    logits = torch.tensor([[math.log(3), 0, -math.log(3)]])
+    assert losses.binary_cross_entropy(logits, torch.tensor([0b101])).item() == pytest.approx(math.log(32 / 3) / 3)
+
+
 # --- margins ----------------------------------------------------------------------------------------------------------
 
 

@@ -149,7 +149,7 @@ def test_a_task_that_does_not_mix_has_no_mix_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "augment", "message"),
     [
-        ("glyphs", "{mixup: {}}", "glyphs: mixup and cutmix are for a linear head with cross_entropy alone"),
+        ("glyphs", "{mixup: {}}", "glyphs: mixup and cutmix are for a linear head without triplet"),
         ("digits", "{mixup: {probability: 0.6}, cutmix: {}}", "digits: the probabilities of mixup and cutmix add up"),
         ("digits", "{cutmix: {alpha: 0}}", "cutmix.alpha"),
     ],

@@ -14,8 +14,9 @@ from PIL import Image
 from tests.small_run import CLASSES, make_images, outputs_of
 from ufo_ds import cli, index, predict
 from ufo_ds.errors import run as run_entry
-from ufo_ds.subnets import calibration_file
-from ufo_ds.subnets.calibration_file import Calibration, Probability, Threshold
+from ufo_ds.evaluation.thresholds import Probability, Threshold
+from ufo_ds.subnets import calibration as calibrations
+from ufo_ds.subnets.calibration import Calibration
 from ufo_ds.subnets.task_model import open_model
 
 
@@ -135,15 +136,14 @@ def calibrate(extracted, run, task, thresholds, flip=False):
         task=task,
         benchmark="pairs",
         flip=flip,
-        pairs={"same": 30, "different": 60},
         probability=Probability(slope=4.0, intercept=-1.0),
         thresholds=[
-            Threshold(far=far, threshold=threshold, far_interval=(far / 2, 2 * far), tar=0.9, tar_interval=(0.8, 0.95))
+            Threshold(far, threshold, far, (far / 2, 2 * far), 0.9, (0.8, 0.95), 60, 30, 20)
             for far, threshold in thresholds
         ],
     )
     for file in (extracted / task / "calibration.json", run / f"calibration-{task}.json"):
-        calibration_file.write(file, calibration)
+        calibrations.write(file, calibration)
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def test_allinone_is_as_published():
         "products": 1,
         "vehicle": 3,
     }
-    assert sum(len(task.benchmarks) for task in loaded.tasks) == 13
+    assert sum(len(task.benchmarks) for task in loaded.tasks) == 17  # 13 published, of two sets all three lists
     assert {task.name for task in loaded.tasks if task.loss.triplet} == {"person", "products", "vehicle"}
     assert (loaded.optimizer.type, loaded.optimizer.lr, loaded.schedule.steps) == ("sgd", 0.2, 100_000)
 
@@ -165,6 +165,14 @@ def test_wrong_values_end_in_one_line(overrides, message):
         ({"type": "margin"}, {"cross_entropy": {}}, "cross_entropy of a margin head needs the scale of its cosines"),
         ({"type": "margin", "sampled_negatives": 0}, {"cosface": {}}, "sampled_negatives = 0"),
         ({"type": "margin"}, {"arcface": {"margin": 2}}, "loss.arcface.margin = 2"),
+        (
+            {"type": "linear"},
+            {"cross_entropy": {}, "binary_cross_entropy": {}},
+            "only loss: remove it or cross_entropy",
+        ),
+        ({"type": "margin"}, {"binary_cross_entropy": {}}, "binary_cross_entropy is for a linear head"),
+        ({"type": "linear", "sharded": True}, {"binary_cross_entropy": {}}, "for a linear head that is not sharded"),
+        ({"type": "linear", "sampled_negatives": 0.5}, {"binary_cross_entropy": {}}, "sampled_negatives is for margin"),
     ],
 )
 def test_heads_and_losses_must_fit(head, loss, message):
@@ -172,6 +180,15 @@ def test_heads_and_losses_must_fit(head, loss, message):
         recipe_file.load("demo", [("tasks.digits.head", str(head)), ("tasks.digits.loss", str(loss))])
     assert message in str(caught.value)
     assert "digits" in str(caught.value)
+
+
+def test_attributes_are_no_identities():
+    changes = [
+        ("tasks.digits.loss", "{binary_cross_entropy: {}}"),
+        ("tasks.digits.identities_per_step", "4"),
+    ]
+    with pytest.raises(UserError, match="digits: attributes are no identities: remove identities_per_step"):
+        recipe_file.load("demo", changes)
 
 
 def test_a_sharded_margin_head_cannot_classify():

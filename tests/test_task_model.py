@@ -16,9 +16,10 @@ from ufo_ds.checkpoint import Reader
 from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.data.transforms import evaluation_transform
 from ufo_ds.errors import UserError
+from ufo_ds.evaluation.thresholds import Probability, Threshold
 from ufo_ds.model.loading import spec_of
-from ufo_ds.subnets import calibration_file, extraction
-from ufo_ds.subnets.calibration_file import Calibration, Probability, Threshold
+from ufo_ds.subnets import calibration, extraction
+from ufo_ds.subnets.calibration import Calibration
 from ufo_ds.subnets.task_model import open_model
 
 
@@ -202,18 +203,17 @@ CALIBRATION = Calibration(
     task="glyphs",
     benchmark="pairs",
     flip=True,
-    pairs={"same": 300, "different": 900},
     probability=Probability(slope=12.0, intercept=-6.0),
-    thresholds=[Threshold(far=0.01, threshold=0.4, far_interval=(0.005, 0.02), tar=0.9, tar_interval=(0.85, 0.95))],
+    thresholds=[Threshold(0.01, 0.4, 0.01, (0.005, 0.02), 0.9, (0.85, 0.95), 5000, 300, 80)],
 )
 
 
 def test_a_calibration_is_read_as_it_was_written(tmp_path):
-    calibration_file.write(tmp_path / "calibration.json", CALIBRATION)
-    assert calibration_file.read(tmp_path / "calibration.json", "a" * 64) == CALIBRATION
-    assert calibration_file.read(tmp_path / "nothing.json", "a" * 64) is None
+    calibration.write(tmp_path / "calibration.json", CALIBRATION)
+    assert calibration.read(tmp_path / "calibration.json", "a" * 64) == CALIBRATION
+    assert calibration.read(tmp_path / "nothing.json", "a" * 64) is None
     with pytest.raises(UserError, match=r"^[^\n]* of model aaaaaaaaaaaa, this is model bbbbbbbbbbbb: [^\n]*$"):
-        calibration_file.read(tmp_path / "calibration.json", "b" * 64)
+        calibration.read(tmp_path / "calibration.json", "b" * 64)
 
 
 def test_a_probability_is_the_logistic_function():
@@ -231,15 +231,15 @@ def test_a_probability_is_the_logistic_function():
         ({"probability": {"slope": 1.0}}, "probability.intercept"),
         ({"extra": 1}, "extra"),
         ({"flip": None}, "flip"),
-        ({"thresholds": [{"far": 2, "threshold": 0, "far_interval": [0, 1], "tar": 1, "tar_interval": [0, 1]}]}, "far"),
+        ({"thresholds": [{"far": 0.1, "threshold": 0.5}]}, "expected_far"),
     ],
 )
 def test_a_calibration_of_another_form_is_refused(tmp_path, change, message):
     file = tmp_path / "calibration.json"
-    calibration_file.write(file, CALIBRATION)
+    calibration.write(file, CALIBRATION)
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(UserError, match=rf"^[^\n]* is no calibration: [^\n]*{message}[^\n]*$"):
-        calibration_file.read(file, "a" * 64)
+        calibration.read(file, "a" * 64)
     file.write_text("cosine")
     with pytest.raises(UserError, match=r"^[^\n]* is no calibration: [^\n]*$"):
-        calibration_file.read(file, "a" * 64)
+        calibration.read(file, "a" * 64)

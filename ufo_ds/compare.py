@@ -22,7 +22,7 @@ import numpy as np
 from ufo_ds import recipe_file
 from ufo_ds.errors import UserError
 from ufo_ds.evaluation import outcomes, statistics
-from ufo_ds.evaluation.outcomes import MAIN_METRIC, Outcomes
+from ufo_ds.evaluation.outcomes import Outcomes
 from ufo_ds.evaluation.statistics import ALPHA, Difference
 from ufo_ds.recipe import Recipe
 from ufo_ds.training.run_directory import differences
@@ -180,7 +180,7 @@ def compare(a: Arm, b: Arm) -> list[Row]:
             raise UserError(f"{name}: all {len(first.scores)} items are of one identity: no interval can be given")
         a_RN, b_RN = (np.stack([found.scores for found in arm.of(name)]) for arm in (a, b))
         difference = statistics.compare(a_RN, b_RN, first.items)
-        rows.append(Row(name, MAIN_METRIC[first.protocol], *_means(a, b, [name]), difference))
+        rows.append(Row(name, first.main_metric, *_means(a, b, [name]), difference))
     if len(names) > 1:
         a_RB, b_RB = (np.array([arm.main_metric(name) for name in names]).T for arm in (a, b))
         tasks = [name.split("/")[0] for name in names]
@@ -227,8 +227,14 @@ def _unlike(a: Arm, b: Arm) -> Iterator[str]:
         if alone := [name for name in mine.benchmarks if name not in others.benchmarks]:
             yield f"left out, only arm {which} has them: {', '.join(alone)}"
     for name in a.benchmarks:
-        if name in b.benchmarks and len({found.flip for found in [*a.of(name), *b.of(name)]}) > 1:
-            yield f"{name}: some runs were evaluated with flip, others without"
+        if name in b.benchmarks:
+            settings = list(dict.fromkeys(_text(found.settings) for found in [*a.of(name), *b.of(name)]))
+            if len(settings) > 1:
+                yield f"{name}: some runs were evaluated with {settings[0]}, others with {settings[1]}"
+
+
+def _text(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in settings.items()) or "no settings"
 
 
 def _values(a: Arm, b: Arm, rows: list[Row]) -> dict[str, Any]:

@@ -1,112 +1,311 @@
-"""Run the benchmarks of a trained run.
+"""Run the benchmarks of a trained run or of an extracted model.
 
-ufo evaluate runs/demo
-ufo evaluate runs/demo --task glyphs --pixels
-ufo evaluate runs/demo --audit audit/audit.json     # also without the test images that training has seen
+    ufo evaluate runs/demo
+    ufo evaluate runs/demo --task glyphs --pixels
+    ufo evaluate glyphs-vit --recipe other.yaml --task glyphs    # benchmarks of another recipe
+    ufo evaluate glyphs-vit --far 0.001             # also thresholds for "the same or not", kept with the model
+    ufo evaluate runs/demo --audit audit/audit.json     # also without the test images that training has seen
+    torchrun --nproc_per_node 8 ufo_ds/evaluate.py runs/big
 
-What it finds item by item is kept in the run directory, where it may write there, for `ufo compare`.
+What it finds is kept in `evaluations` of the run directory or model, where it may write there: metrics.json, and item
+by item for `ufo compare` and `ufo report`.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":  # started by its path: the repository, not this folder, is where packages are found
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
 import torch
 
-from ufo_ds import checkpoint
-from ufo_ds.data.mixing import Batch
+from ufo_ds import checkpoint, recipe_file
+from ufo_ds.data import attributes
 from ufo_ds.data.source import TrainSource
-from ufo_ds.errors import UserError
-from ufo_ds.evaluation import benchmarks, outcomes, overlap
-from ufo_ds.evaluation.benchmarks import Predictions, TaskImages
+from ufo_ds.errors import UserError, run
+from ufo_ds.evaluation import benchmarks, outcomes, overlap, thresholds
+from ufo_ds.evaluation.features import FeatureFiles, Kind, Predictions, TaskImages, open_images, predict
 from ufo_ds.evaluation.outcomes import Outcomes
-from ufo_ds.evaluation.pixels import nearest_neighbour_scores, pixel_features
-from ufo_ds.model.heads import Outputs
-from ufo_ds.model.loading import load_supernet, spec_of
-from ufo_ds.model.supernet import Supernet
+from ufo_ds.evaluation.pixels import nearest_neighbour_attributes, nearest_neighbour_scores, pixel_features
+from ufo_ds.parallel import ranks, scoring
+from ufo_ds.parallel.launch import adopt_environment, finish_distributed, init_distributed
+from ufo_ds.parallel.placement import share
 from ufo_ds.recipe import Recipe, only
+from ufo_ds.subnets import calibration as calibrations
+from ufo_ds.subnets.calibration import Calibration
+from ufo_ds.subnets.dense_model import is_dense_model
+from ufo_ds.subnets.task_model import TaskModel, open_model, task_model
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated.
+
+    Attributes:
+        what: for people.
+        recipe: that it was trained by; of a model, restricted to its task.
+        classes: per task, the names behind the logits.
+        step: of the training; None where that is not known.
+        keep: where what is found goes; None for a checkpoint outside of its run.
+        open: loads a task's model onto a device.
+    """
+
+    what: str
+    recipe: Recipe
+    classes: dict[str, list[str]]
+    step: int | None
+    keep: Path | None
+    open: Callable[[str, str], TaskModel]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="ufo evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="a run directory (its best checkpoint), or one checkpoint")
+    parser.add_argument("run", type=Path, help="a run directory (its best checkpoint), a checkpoint, or a model")
+    parser.add_argument("--recipe", help="take the benchmarks from this recipe (tasks go by their names)")
     parser.add_argument("--task", action="append", help="only this task (may be given several times)")
+    parser.add_argument("--benchmark", action="append", help="only this benchmark (may be given several times)")
     parser.add_argument("--last", action="store_true", help="the last checkpoint instead of the best")
     parser.add_argument("--pixels", action="store_true", help="the floor instead: matching of 32x32 grey pixels")
     parser.add_argument(
+        "--far", type=float, action="append", metavar="F",
+        help="find the threshold of this false accept rate (may be given several times; the first decides)",
+    )  # fmt: skip
+    parser.add_argument(
         "--audit", type=Path, metavar="JSON", help="of `ufo data --audit`: every metric without overlapping images too"
     )
+    parser.add_argument("--batch_size", type=int, help="images in a forward pass (default: evaluation.batch_size)")
+    parser.add_argument("--scratch", type=Path, help="directory for features that all nodes see (default: a local one)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # from launchers
     options = parser.parse_args(argv)
+    if options.far and options.pixels:
+        raise UserError("--far and --pixels: thresholds are a model's: leave one of them out")
+    for far in options.far or []:
+        if not 0 < far < 1:
+            raise UserError(f"--far {far:g}: give a rate between 0 and 1, such as 0.001")
+    if adopt_environment() > 1:
+        init_distributed()
+    subject = _subject(options.run, options.last)
+    recipe = _evaluated(subject, options)
+    images = open_images(recipe)
+    left_out = overlap.left_out(options.audit, subject.recipe, recipe) if options.audit else {}
+    benchmarks.check(recipe, images, subject.classes)
+    with _files(options.scratch) as files:
+        if options.pixels:
+            models = {}
+            predictions, classes = _of_pixels(recipe, images)
+        else:
+            models = _predict(subject, recipe, images, options, files)
+            predictions, classes = files.read(images), subject.classes
+        found = scoring.score(recipe, images, predictions, classes)
+        if ranks.this() == 0:
+            without = overlap.score_without(recipe, images, predictions, classes, left_out)
+            measured, problems = _measure(options.far or [], recipe, images, predictions, found, models)
+            _report(options, subject, found, without, left_out, measured)
+            for line in benchmarks.without_match(recipe, images, found):
+                print(line, file=sys.stderr)
+            for path, calibration in measured:
+                calibrations.write(path, calibration)
+            if problems:
+                raise UserError("; ".join(problems))
+    if ranks.count() > 1:
+        finish_distributed()
 
-    reader = checkpoint.Reader(checkpoint.of_run(options.run, "last" if options.last else "best"))
-    recipe = only(reader.recipe, options.task) if options.task else reader.recipe
-    left_out = overlap.left_out(options.audit, reader.recipe, recipe) if options.audit else {}
-    found: dict[str, Outcomes] = {}
-    without: dict[str, Outcomes | None] = {}
-    for of_task in of_pixels(recipe) if options.pixels else of_model(reader, recipe, options.device):
-        found |= benchmarks.score(*of_task)
-        without |= overlap.score_without(*of_task, left_out)
+
+def _subject(path: Path, last: bool) -> Subject:
+    if is_dense_model(path):
+        model = open_model(path)
+        classes = {model.task: model.classes}
+        opened = partial(open_model, path)
+        return Subject(str(path), model.recipe, classes, None, path, opened)
+    reader = checkpoint.Reader(checkpoint.of_run(path, "last" if last else "best"))
+    reader.verify()
+    checkpoints = reader.directory.resolve().parent
+    return Subject(
+        f"{path}, step {reader.index.step}",
+        reader.recipe,
+        reader.index.classes,
+        reader.index.step,
+        checkpoints.parent if checkpoints.name == "checkpoints" else None,
+        partial(task_model, reader, path),
+    )
+
+
+def _evaluated(subject: Subject, options: argparse.Namespace) -> Recipe:
+    """The recipe of what is evaluated: its tasks, with the benchmarks that are asked for.
+
+    Raises:
+        UserError: none is left.
+    """
+    recipe = subject.recipe
+    asked = {task.name: task.benchmarks for task in recipe.tasks}
+    if options.recipe:
+        others = {task.name: task.benchmarks for task in recipe_file.load(options.recipe).tasks}
+        if not asked.keys() & others.keys():
+            raise UserError(
+                f"--recipe {options.recipe} has the tasks {', '.join(others)}, {options.run} has {', '.join(asked)}: "
+                f"none in common"
+            )
+        asked = {name: others[name] for name in asked if name in others}
+        recipe = only(recipe, list(asked))
+    if options.task:
+        recipe = only(recipe, options.task)
+    if options.benchmark:
+        known = [benchmark.name for task in recipe.tasks for benchmark in asked[task.name]]
+        for name in options.benchmark:
+            if name not in known:
+                raise UserError(f"--benchmark {name!r} is not there: choose of {', '.join(known) or 'none'}")
+        asked = {task: [b for b in of_task if b.name in options.benchmark] for task, of_task in asked.items()}
+    if not any(asked[task.name] for task in recipe.tasks):
+        raise UserError(f"{options.run}: no benchmarks for {', '.join(t.name for t in recipe.tasks)}: give --recipe")
+    tasks = [dataclasses.replace(task, benchmarks=asked[task.name]) for task in recipe.tasks]
+    evaluation = dataclasses.replace(recipe.evaluation, best=None)  # may be of a benchmark that is not there
+    return dataclasses.replace(recipe, tasks=tasks, evaluation=evaluation)
+
+
+@contextlib.contextmanager
+def _files(scratch: Path | None) -> Iterator[FeatureFiles]:
+    """A place for features, the same for all ranks, removed in the end.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    place = None
+    if ranks.this() == 0:
+        try:
+            place = tempfile.mkdtemp(prefix="ufo-features-", dir=scratch)
+        except OSError as error:
+            raise UserError(f"--scratch {scratch or tempfile.gettempdir()}: {error.strerror}: choose another") from None
+    files = FeatureFiles(Path(ranks.from_first(place)))
+    try:
+        yield files
+    finally:
+        if place is not None:
+            files.remove()
+
+
+def _predict(
+    subject: Subject, recipe: Recipe, images: dict[str, TaskImages], options: argparse.Namespace, files: FeatureFiles
+) -> dict[str, tuple[str, Path]]:
+    """Run the images, each rank a part of every task's, task by task: one dense path is in memory at a time.
+
+    Returns:
+        Per task the model's fingerprint and the place of its calibration.
+
+    Raises:
+        UserError: shards or weights that are missing or damaged.
+    """
+    models = {}
+    for name, mine in images.items():
+        model = subject.open(name, options.device)
+        models[name] = model.fingerprint, model.calibration
+        predict(
+            model.forward,
+            {name: mine},
+            {name: share(range(len(mine)), ranks.count(), ranks.this())},
+            options.batch_size or recipe.evaluation.batch_size,
+            recipe.data.workers,
+            files,
+            quiet=ranks.this() != 0,
+        )
+    ranks.wait_for_all()
+    return models
+
+
+def _of_pixels(recipe: Recipe, images: dict[str, TaskImages]) -> tuple[Predictions, dict[str, list[str]]]:
+    """The same by pixel matching, logits by the nearest training images, and the names behind the logits."""
+    predictions: dict[str, dict[Kind, np.ndarray]] = {}
+    classes: dict[str, list[str]] = {}
+    for task in recipe.tasks:
+        if task.name not in images:
+            continue
+        mine = images[task.name]
+        features = pixel_features(np.stack([mine.load(i) for i in range(len(mine))]))
+        predictions[task.name], classes[task.name] = {"embedding": features}, []
+        if "logits" in mine.kinds:
+            source = TrainSource.open(task, recipe.seed, shard_cache=recipe.data.shard_cache)
+            train = pixel_features(np.stack([source.pixels(i) for i in range(len(source))]))
+            classes[task.name] = source.classes
+            count = len(source.classes)
+            predictions[task.name]["logits"] = (
+                nearest_neighbour_attributes(features, train, attributes.from_bits(source.labels, count))
+                if task.loss.multi_label
+                else nearest_neighbour_scores(features, train, source.labels, count)
+            )
+    return predictions, classes
+
+
+def _measure(
+    fars: list[float],
+    recipe: Recipe,
+    images: dict[str, TaskImages],
+    predictions: Predictions,
+    found: dict[str, Outcomes],
+    models: dict[str, tuple[str, Path]],
+) -> tuple[list[tuple[Path, Calibration]], list[str]]:
+    """Thresholds of each task by its first benchmark that has pairs, a list of them before what searches; and why there
+    are none of some."""
+    measured, problems = [], []
+    for task in recipe.tasks if fars else []:
+        for benchmark in sorted(task.benchmarks, key=lambda b: b.protocol != "verification"):
+            key = f"{task.name}/{benchmark.name}"
+            pairs = benchmarks.pairs(benchmark, images[task.name], predictions[task.name], found[key])
+            if pairs is None:
+                continue
+            fingerprint, path = models[task.name]
+            try:
+                calibration = Calibration(
+                    model=fingerprint, task=task.name, benchmark=benchmark.name, flip=benchmark.flip,
+                    probability=thresholds.calibrate(*pairs[:2]),
+                    thresholds=[thresholds.choose(*pairs, far) for far in fars],
+                )  # fmt: skip
+            except UserError as error:
+                problems.append(f"{key}: {error}")
+            else:
+                measured.append((path, calibration))
+            break
+    if fars and not measured and not problems:
+        problems.append("--far needs a benchmark of pairs or one that searches, and those evaluated are neither")
+    return measured, problems
+
+
+def _report(
+    options: argparse.Namespace,
+    subject: Subject,
+    found: dict[str, Outcomes],
+    without: dict[str, Outcomes | None],
+    left_out: overlap.LeftOut,
+    measured: list[tuple[Path, Calibration]],
+) -> None:
+    """Print what was found, and keep it."""
     metrics = outcomes.flatten(found)
     if options.json:
-        print(json.dumps(overlap.as_values(metrics, without, left_out) if options.audit else metrics))
+        values = overlap.as_values(metrics, without, left_out) if options.audit else metrics
+        print(json.dumps(values | ({"calibration": [asdict(found) for _, found in measured]} if measured else {})))
     else:
-        what = "pixel matching" if options.pixels else f"step {reader.index.step}"
-        print(f"{options.run}, {what}", file=sys.stderr)
+        print("pixel matching" if options.pixels else subject.what, file=sys.stderr)
         lines = overlap.table(metrics, without, left_out) if options.audit else benchmarks.table(metrics)
         print("\n".join(lines))
-    checkpoints = reader.directory.resolve().parent
-    if not options.pixels and checkpoints.name == "checkpoints":  # not of one that was copied elsewhere
+        for path, calibration in measured:
+            print("\n".join(["", *calibrations.table(calibration), f"kept in {path}"]))
+    if subject.keep is not None and not options.pixels:
         try:
-            outcomes.store(checkpoints.parent, reader.index.step, found)
+            outcomes.store(subject.keep, subject.step, found)
         except UserError as error:  # somebody else's run, mostly
             print(error, file=sys.stderr)
 
 
-# A recipe of one task, its images, what was predicted for them and the names behind the logits: what `score` takes.
-ToScore = tuple[Recipe, dict[str, TaskImages], Predictions, dict[str, list[str]]]
-
-
-def of_model(reader: checkpoint.Reader, recipe: Recipe, device: str) -> Iterator[ToScore]:
-    """What a run predicts for its benchmarks, task by task: one dense path is in memory at a time.
-
-    Raises:
-        UserError: shards or a checkpoint file that is missing or damaged.
-    """
-    reader.verify()
-    for name, images in benchmarks.open_images(recipe).items():
-        model = load_supernet(reader, [spec_of(reader, name)], device)
-        size = recipe.evaluation.batch_size
-
-        def forward(batch: Batch, model: Supernet = model) -> dict[str, Outputs]:
-            return model(batch.to(device))
-
-        predictions = benchmarks.predict(
-            forward,
-            {name: images},
-            {name: range(len(images))},
-            -(-len(images) // size),
-            size,
-            recipe.data.workers,
-        )
-        yield only(recipe, [name]), {name: images}, predictions, reader.index.classes
-
-
-def of_pixels(recipe: Recipe) -> Iterator[ToScore]:
-    """The same by pixel matching; classification by the nearest training image."""
-    for name, images in benchmarks.open_images(recipe).items():
-        task = next(t for t in recipe.tasks if t.name == name)
-        features = pixel_features(np.stack([images.load(i) for i in range(len(images))]))
-        scores, classes = np.zeros((len(features), 1), dtype=np.float32), [""]
-        if task.head.type == "linear":
-            source = TrainSource.open(task, recipe.seed, shard_cache=recipe.data.shard_cache)
-            train = pixel_features(np.stack([source.pixels(i) for i in range(len(source))]))
-            classes = source.classes
-            scores = nearest_neighbour_scores(features, train, source.labels, len(classes))
-        yield only(recipe, [name]), {name: images}, {name: (0, features, scores)}, {name: classes}
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -62,7 +62,7 @@ def _images(recipe: Recipe, task: str, files: list[Path] | None, count: int = 32
         except OSError as error:
             raise UserError(f"--images {error.filename}: {error.strerror}") from None
     found = next(t for t in recipe.tasks if t.name == task)
-    directories = [d for b in found.benchmarks for d in (b.shards, b.gallery) if d] + [s.shards for s in found.train]
+    directories = [d for b in found.benchmarks for d in b.parts.values()] + [s.shards for s in found.train]
     for directory in directories:
         if is_here(directory):
             shards = ShardSet.open(directory, recipe.data.shard_cache)

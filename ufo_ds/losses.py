@@ -46,6 +46,19 @@ def cross_entropy(
     return loss_B
 
 
+def binary_cross_entropy(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+    """Of each attribute whether a sample has it, averaged over attributes.
+
+    Args:
+        labels_B: int64, bit i of which says that the sample has attribute i; C is at most 63.
+
+    Returns ``[B]``.
+    """
+    logits_BC = _precise(logits_BC)
+    targets_BC = labels_B[:, None] >> torch.arange(logits_BC.shape[1], device=labels_B.device) & 1
+    return F.binary_cross_entropy_with_logits(logits_BC, targets_BC.to(logits_BC.dtype), reduction="none").mean(1)
+
+
 class _LogSumExp(torch.autograd.Function):
     """Over spread columns. All it keeps for the gradient is the softmax of the columns that are here."""
 

@@ -1,6 +1,6 @@
 """What a model says of an image, or of two.
 
-ufo predict digits-vit 7.png                              # its classes, of a classifier
+ufo predict digits-vit 7.png                              # its classes, of a classifier; or its attributes
 ufo predict glyphs-vit a.png --index photos-index         # the images most like it; see `ufo index`
 ufo predict faces-vit a.jpg b.jpg                         # how alike two are, and whether they show the same
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="one, or two to compare")
     parser.add_argument("--task", help="of a run with several")
     parser.add_argument("--index", type=Path, help="of `ufo index` with this model: show what is nearest")
-    parser.add_argument("--top", type=int, default=5, help="classes or images to show (default 5)")
+    parser.add_argument("--top", type=int, default=5, help="classes, attributes or images to show (default 5)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     options = parser.parse_args(argv)
@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> None:
         result = compare(model, pixels)
     elif options.index:
         result = nearest(model, open_index(model, options.index), pixels, options.top)
+    elif model.recipe.tasks[0].loss.multi_label:
+        result = attributes(model, pixels, options.top)
     elif model.classes:
         result = classify(model, pixels, options.top)
     else:
@@ -78,6 +80,15 @@ def classify(model: "TaskModel", pixels: torch.Tensor, top: int) -> dict[str, An
     values, labels = probabilities_C.topk(min(top, len(probabilities_C)))
     pairs = zip(labels.tolist(), values.tolist(), strict=True)
     return {"classes": [{"class": model.classes[label], "probability": value} for label, value in pairs]}
+
+
+def attributes(model: "TaskModel", pixels: torch.Tensor, top: int) -> dict[str, Any]:
+    """The most probable attributes of the image, by the sigmoid of the classifier, and all above 0.5."""
+    probabilities_A = _finite(model, model.embed(pixels).logits)[0].double().sigmoid()
+    values, order = probabilities_A.sort(descending=True, stable=True)
+    count = max(top, int((values > 0.5).sum()))
+    pairs = zip(order.tolist()[:count], values.tolist()[:count], strict=True)
+    return {"attributes": [{"attribute": model.classes[i], "probability": value} for i, value in pairs]}
 
 
 def nearest(model: "TaskModel", index: "SearchIndex", pixels: torch.Tensor, top: int) -> dict[str, Any]:
@@ -112,9 +123,9 @@ def open_index(model: "TaskModel", directory: Path) -> "SearchIndex":
 
 def compare(model: "TaskModel", pixels: torch.Tensor) -> dict[str, Any]:
     """The cosine similarity of two images and, of a calibrated model, whether they show the same."""
-    from ufo_ds.subnets import calibration_file
+    from ufo_ds.subnets import calibration as calibrations
 
-    calibration = calibration_file.read(model.calibration, model.fingerprint)
+    calibration = calibrations.read(model.calibration, model.fingerprint)
     flip = calibration is not None and calibration.flip
     embeddings_2D = _finite(model, model.embed(pixels, flip).embedding).double()
     cosine = float(torch.nn.functional.cosine_similarity(embeddings_2D[0], embeddings_2D[1], dim=0))
@@ -124,19 +135,19 @@ def compare(model: "TaskModel", pixels: torch.Tensor) -> dict[str, Any]:
     return {
         "cosine": cosine,
         "same": verdicts[0]["same"],
-        "probability": calibration.probability.of(cosine),
+        "probability": float(calibration.probability.of(cosine)),
         "benchmark": calibration.benchmark,
         "thresholds": verdicts,
     }
 
 
 def _lines(model: "TaskModel", names: list[str], result: dict[str, Any]) -> list[str]:
-    if "classes" in result:
-        classes = [(found["class"], found["probability"]) for found in result["classes"]]
-        width = max(len(name) for name, _ in classes)
+    if answers := result.get("classes") or result.get("attributes"):
+        pairs = [tuple(answer.values()) for answer in answers]
+        width = max(len(name) for name, _ in pairs)
         return [
             f"{names[0]}, {model.task}:",
-            *(f"  {name:<{width}}  {value:.4f}  {_bar(value)}".rstrip() for name, value in classes),
+            *(f"  {name:<{width}}  {value:.4f}  {_bar(value)}".rstrip() for name, value in pairs),
         ]
     if "nearest" in result:
         found = result["nearest"]

@@ -5,15 +5,15 @@ import math
 from typing import Annotated, Literal
 
 import torch
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
+
+from ufo_ds.recipe_benchmark import STRICT, Benchmark, Positive
 
 Unit = Literal["embed", "norm", "attn", "ffn"]
 Route = Literal["shared", "own", "learned"]
 Size = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]  # height, width in pixels
 Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
-STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
@@ -31,6 +31,13 @@ class Head:
 class CrossEntropy:
     label_smoothing: Share = 0.0
     scale: Annotated[float, Field(gt=0)] | None = None  # of a margin head's cosines; a linear head needs none
+    weight: float = 1.0
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
+class BinaryCrossEntropy:
+    """Of each attribute whether an image has it, averaged over attributes: see ``ufo_ds.data.attributes``."""
+
     weight: float = 1.0
 
 
@@ -76,11 +83,21 @@ class Loss:
     """A weighted sum of those that are given; weights are relative to each other, ``weight`` of the task is of all."""
 
     cross_entropy: CrossEntropy | None = None
+    binary_cross_entropy: BinaryCrossEntropy | None = None
     cosface: CosFace | None = None
     am_softmax: AMSoftmax | None = None
     arcface: ArcFace | None = None
     circle: Circle | None = None
     triplet: Triplet | None = None
+
+    @property
+    def given(self) -> list[str]:
+        return [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether labels are sets of attributes, and the outputs of the head one logit for each."""
+        return self.binary_cross_entropy is not None
 
     @property
     def on_cosines(self) -> list[str]:
@@ -187,27 +204,6 @@ class Augment:
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
-class Benchmark:
-    """Classification and verification read ``shards``; retrieval reads ``query`` and ``gallery``. Each is of the forms
-    that a train set has."""
-
-    name: str
-    protocol: Literal["classification", "retrieval", "verification"]
-    shards: str | None = None
-    query: str | None = None
-    gallery: str | None = None
-    flip: bool = False  # average the outputs of each image and its mirror image
-
-    @model_validator(mode="after")
-    def _has_its_shards(self) -> "Benchmark":
-        needs = ["query", "gallery"] if self.protocol == "retrieval" else ["shards"]
-        for key in ("shards", "query", "gallery"):
-            if (getattr(self, key) is None) == (key in needs):
-                raise ValueError(f"{self.name}: protocol {self.protocol} needs {' and '.join(needs)}, nothing else")
-        return self
-
-
-@dataclass(config=STRICT, kw_only=True, frozen=True)
 class Task:
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     head: Head
@@ -217,7 +213,8 @@ class Task:
     # Relative weight with which the task gets its part of data.samples_per_step; see ``ufo_ds.data.ratios``.
     share: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     train: list[TrainSet] = dataclasses.field(default_factory=list)
-    num_classes: Positive | None = None  # of the images, before quarter_turns; default: counted in the shards
+    # Of the images, before quarter_turns; default, and all that attributes can have: counted in the shards.
+    num_classes: Positive | None = None
     identities_per_step: Positive | None = None  # PK sampling: P identities of samples_per_step / P images each
     images_per_identity: Annotated[int, Field(ge=2)] | None = None  # the same with `share` or `data.temperature`: K
     weight: float = 1.0
@@ -261,15 +258,33 @@ class Task:
         return self
 
     @model_validator(mode="after")
+    def _attributes_fit(self) -> "Task":
+        if not self.loss.multi_label:
+            return self
+        if self.loss.given != ["binary_cross_entropy"]:
+            others = ", ".join(name for name in self.loss.given if name != "binary_cross_entropy")
+            raise ValueError(f"{self.name}: binary_cross_entropy is a task's only loss: remove it or {others}")
+        if self.head.type != "linear" or self.head.sharded:
+            raise ValueError(f"{self.name}: binary_cross_entropy is for a linear head that is not sharded")
+        if self.identities_per_step or self.images_per_identity:
+            raise ValueError(
+                f"{self.name}: attributes are no identities: remove "
+                f"{'identities_per_step' if self.identities_per_step else 'images_per_identity'}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _losses_fit(self) -> "Task":
         loss, ce = self.loss, self.loss.cross_entropy
+        if self.head.type == "linear" and self.head.sampled_negatives < 1:
+            raise ValueError(f"{self.name}: sampled_negatives is for margin heads: remove it")
         if self.augment.mixes and (self.head.type != "linear" or loss.triplet):
-            raise ValueError(f"{self.name}: mixup and cutmix are for a linear head with cross_entropy alone")
+            raise ValueError(f"{self.name}: mixup and cutmix are for a linear head without triplet")
+        if loss.multi_label:
+            return self  # see above
         if self.head.type == "linear":
             if ce is None or loss.on_cosines or ce.scale is not None:
                 raise ValueError(f"{self.name}: a linear head goes with cross_entropy without scale, and needs it")
-            if self.head.sampled_negatives < 1:
-                raise ValueError(f"{self.name}: sampled_negatives is for margin heads: remove it")
         elif ce is None and not loss.on_cosines:
             raise ValueError(f"{self.name}: a margin head needs cosface, am_softmax, arcface, circle or cross_entropy")
         elif ce is not None and ce.scale is None:

@@ -42,12 +42,13 @@ def make_recipe(case: dict) -> recipes.Recipe:
     sizes. Batch norm over fewer than eight samples would be compared at the edge of fp32."""
     gas = case["accumulation"]
     linear = {"head": {"type": "linear"}, "loss": {"cross_entropy": {"label_smoothing": 0.1}}}
+    several = {"loss": {"binary_cross_entropy": {}}} if case["multi_label"] else {}  # labels 0, 1, 2: none, one, one
     mixing = {"augment": {"mixup": {"probability": 1.0}}} if case["mixing"] else {}
     margin = {"head": {"type": "margin"}, "loss": {"cosface": {"scale": 8}, "triplet": {"weight": 0.5}}}
     tasks = [
         {"name": "a", "input": [16, 16], "samples_per_step": 16 * gas, "identities_per_step": 4 * gas, **margin},
         {"name": "b", "input": [24, 16], "samples_per_step": 8 * gas, "identities_per_step": 2 * gas, **margin},
-        {"name": "c", "input": [16, 16], "samples_per_step": 4 * gas, **linear, **mixing, "weight": 2.0},
+        {"name": "c", "input": [16, 16], "samples_per_step": 4 * gas, **linear, **several, **mixing, "weight": 2.0},
         {"name": "d", "input": [16, 32], "samples_per_step": case["last"] * gas, **linear, "lr_scale": 0.5},
     ]
     # Before a neck's batch norm a bias has a true gradient of zero, and comparing noise says nothing: the margin tasks

@@ -20,7 +20,7 @@ EVERYTHING = ("embed", "norm", "attn", "ffn")
 def case(
     ep, stage, exchange="aligned", routes="learned", tasks=4, optimizer="sgd", clipping=0.5, accumulation=2, last=2,
     experts=EVERYTHING, probe=1.0, shared_samples=0.0, sharded=(), sampled=(), backbone=None,
-    batches="heterogeneous", mixing=False,
+    batches="heterogeneous", mixing=False, multi_label=False,
 ):  # fmt: skip
     return {
         "ep": ep, "stage": stage, "exchange": exchange, "routes": routes, "tasks": tasks, "optimizer": optimizer,
@@ -28,7 +28,7 @@ def case(
         "probe": probe, "shared_samples": shared_samples,
         "sharded": list(sharded), "sampled": list(sampled),
         "backbone": backbone or {},
-        "batches": batches, "mixing": mixing,
+        "batches": batches, "mixing": mixing, "multi_label": multi_label,
     }  # fmt: skip
 
 
@@ -68,9 +68,9 @@ def test_two_ranks(tmp_path):
         case(2, 3, "layer", optimizer="adamw", clipping=0.0),
         case(2, 3, "layer", "frozen", last=1, mixing=True),
         case(2, 2, "aligned", "frozen", tasks=3, optimizer="adamw"),
-        case(2, 1, "layer", tasks=3, probe=0.5, shared_samples=0.2),
+        case(2, 1, "layer", tasks=3, probe=0.5, shared_samples=0.2, multi_label=True),
         case(1, 3, optimizer="adamw"),
-        case(1, 2, probe=0.25, shared_samples=0.3, backbone=STEM, mixing=True),
+        case(1, 2, probe=0.25, shared_samples=0.3, backbone=STEM, mixing=True, multi_label=True),
         case(2, 3, routes="freezing", optimizer="adamw"),
         case(2, 1, routes="freezing", last=1),
         case(2, 3, experts=["ffn"]),  # heads of two kinds then differ most in what parameters they have

@@ -15,9 +15,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests import tiny
-from ufo_ds import checkpoint
-from ufo_ds.evaluate import of_model
-from ufo_ds.evaluation import benchmarks
+from ufo_ds import checkpoint, evaluate
+from ufo_ds.errors import run as entry
 
 REPOSITORY = Path(__file__).parents[2]
 PORT = str(20000 + os.getpid() % 10000)  # of its own, whatever else is trained here
@@ -111,20 +110,30 @@ def test_records_and_keeps(uninterrupted):
     assert checkpoint.name_of(best[0]) in found
 
 
-def test_the_averages_are_what_is_evaluated(uninterrupted):
+def test_the_averages_are_what_is_evaluated(uninterrupted, capsys):
     """During training, and after it from the checkpoint: the same metrics, and not those of the last weights."""
     reader = checkpoint.Reader(checkpoint.find(uninterrupted / "checkpoints")[-1])
     assert {"weight", "average", "exp_avg", "exp_avg_sq"} == set(reader.index.parameters["norm.shared.weight"].kinds)
     name = "heads.stripes.neck.running_mean"
     assert not torch.equal(reader.buffer(name), reader.stored_buffer(name))
     logged = [line for line in recorded(uninterrupted) if line["kind"] == "evaluation"][-1]
-    found = {
-        f"{key}/{name}": value
-        for of_task in of_model(reader, reader.recipe, "cpu")
-        for key, of_benchmark in benchmarks.score(*of_task).items()
-        for name, value in of_benchmark.metrics().items()
-    }
+    assert entry(evaluate.main, [str(reader.directory), "--json", "--device", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found) > 10
     assert found.items() <= logged.items()
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_evaluation_on_ranks(ranks, uninterrupted):
+    """Features computed by ranks, of which one has but a part of the last batch, give the metrics of one process."""
+    metrics = next((uninterrupted / "evaluations").glob("step-00000012")) / "metrics.json"
+    wanted = json.loads(metrics.read_text())
+    metrics.unlink()
+    script = [str(REPOSITORY / "ufo_ds" / "evaluate.py"), str(uninterrupted), "--last", "--batch_size", "7"]
+    output = finish(start([*LAUNCHER[ranks], *script, "--device", "cpu", "--json"]))
+    found = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+    assert found == pytest.approx(wanted, abs=1e-6)
+    assert json.loads(metrics.read_text()) == found  # kept once, by the first rank
 
 
 @pytest.mark.parametrize("victims", ["one", "all"])

@@ -1,6 +1,5 @@
 """Thresholds and their intervals by hand and by simulation, calibration against known log odds, pairs against loops."""
 
-import json
 import math
 
 import numpy as np
@@ -12,7 +11,7 @@ from scipy import stats
 from benchmarks.threshold_intervals import Design, coverage
 from ufo_ds.errors import UserError
 from ufo_ds.evaluation import thresholds
-from ufo_ds.evaluation.thresholds import Calibration, Threshold
+from ufo_ds.evaluation.thresholds import Probability
 
 
 def independent(genuine, impostor):
@@ -161,16 +160,16 @@ def test_calibration_finds_known_log_odds():
     found = thresholds.calibrate(*normals(100_000, 0.1))
     assert found.slope == pytest.approx(2, abs=0.05)
     assert found.intercept == pytest.approx(0, abs=0.05)
-    assert Calibration(2, 0).probability(0.5) == pytest.approx(1 / (1 + math.exp(-1)))
+    assert Probability(2, 0).of(0.5) == pytest.approx(1 / (1 + math.exp(-1)))
     # Odds of 1 to 9 before: e / 9 after.
-    assert Calibration(2, 0).probability(0.5, prior=0.1) == pytest.approx(math.e / 9 / (1 + math.e / 9))
+    assert Probability(2, 0).of(0.5, prior=0.1) == pytest.approx(math.e / 9 / (1 + math.e / 9))
 
 
 @pytest.mark.parametrize("prior", [0.1, 0.5])
 def test_probabilities_are_shares(prior):
     found = thresholds.calibrate(*normals(50_000, 0.3))
     similarity, same = normals(200_000, prior, seed=1)
-    probability = found.probability(similarity, prior)
+    probability = found.of(similarity, prior)
     for low in np.arange(0, 1, 0.1):
         chosen = (probability >= low) & (probability < low + 0.1)
         assert np.mean(same[chosen]) == pytest.approx(np.mean(probability[chosen]), abs=0.03)
@@ -180,9 +179,9 @@ def test_calibration_of_pairs_none_of_which_is_in_doubt():
     similarity = np.linspace(-0.1, 0.9, 1000, dtype=np.float32)
     found = thresholds.calibrate(similarity, similarity > 0.4)
     assert np.isfinite([found.slope, found.intercept]).all()
-    probability = found.probability(similarity)
+    probability = found.of(similarity)
     assert np.all(np.diff(probability) > 0)
-    assert found.probability(0.4) == pytest.approx(0.5, abs=0.02)
+    assert found.of(0.4) == pytest.approx(0.5, abs=0.02)
 
 
 @pytest.mark.parametrize("sign", [-1, 0])
@@ -190,17 +189,6 @@ def test_refuses_to_calibrate_what_does_not_tell(sign):
     similarity, same = normals(1000, 0.5)
     with pytest.raises(UserError, match=r"genuine pairs are not more similar than the \d+ impostor pairs"):
         thresholds.calibrate(sign * similarity, same)
-
-
-def test_values_come_back_from_json():
-    similarity, same, identity = independent(np.ones(10), np.arange(500) / 500)
-    for found in (thresholds.calibrate(similarity, same), thresholds.choose(similarity, same, identity, 0.1)):
-        values = json.loads(json.dumps(thresholds.as_values(found)))
-        assert thresholds.from_values(type(found), values, "card.json") == found
-    with pytest.raises(UserError, match=r"card\.json: calibration\.intercept: "):
-        thresholds.from_values(Calibration, {"slope": 2.0}, "card.json")
-    with pytest.raises(UserError, match=r"card\.json: threshold\.far_interval\.0: "):
-        thresholds.from_values(Threshold, values | {"far_interval": ["low", 1]}, "card.json")
 
 
 def images(generator, count):

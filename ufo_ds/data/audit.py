@@ -16,10 +16,9 @@ from ufo_ds.data.matching import Kind, Match, matches
 from ufo_ds.data.shards import ShardSet
 from ufo_ds.errors import UserError
 from ufo_ds.recipe import Recipe
-from ufo_ds.recipe_task import Benchmark
+from ufo_ds.recipe_benchmark import Part
 
 _STRICT = ConfigDict(extra="forbid")
-Part = Literal["shards", "query", "gallery"]
 
 
 @dataclass(config=_STRICT, kw_only=True, frozen=True)
@@ -126,9 +125,7 @@ def audit(recipe: Recipe) -> Audit:
     if not train or not test:
         what = "benchmark" if train else "training set"
         raise UserError(f"recipe {recipe.name} has no {what}: there is nothing to compare")
-    directories = [shards for _, shards in train] + [
-        path for _, benchmark in test for path in parts(benchmark).values()
-    ]
+    directories = [shards for _, shards in train] + [path for _, benchmark in test for path in benchmark.parts.values()]
     cache = recipe.data.shard_cache
     prints = {path: Fingerprints.of(ShardSet.open(path, cache), path) for path in dict.fromkeys(directories)}
     found: dict[tuple[str, str], list[Match]] = {}
@@ -138,8 +135,8 @@ def audit(recipe: Recipe) -> Audit:
     ]
     test_parts, pairs = [], []
     for key, benchmark in test:
-        data = digest(*(EvaluationSet.open(path, cache) for path in parts(benchmark).values()))
-        for part, path in parts(benchmark).items():
+        data = digest(*(EvaluationSet.open(path, cache) for path in benchmark.parts.values()))
+        for part, path in benchmark.parts.items():
             entry = BenchmarkPart(
                 benchmark=key, part=part, shards=path, samples=len(prints[path].readable),
                 unreadable=_unreadable(prints[path]), data=data,
@@ -150,16 +147,6 @@ def audit(recipe: Recipe) -> Audit:
                     found[train_path, path] = matches(prints[train_path], prints[path])
                 pairs += [_pair(task, train_path, entry, match) for match in found[train_path, path]]
     return Audit(version=1, recipe=recipe.name, train=train_parts, test=test_parts, pairs=pairs)
-
-
-def parts(benchmark: Benchmark) -> dict[Part, str]:
-    """Where the parts are that a benchmark reads, the query before the gallery."""
-    directories: dict[Part, str | None] = {
-        "shards": benchmark.shards,
-        "query": benchmark.query,
-        "gallery": benchmark.gallery,
-    }
-    return {part: directory for part, directory in directories.items() if directory is not None}
 
 
 def _unreadable(prints: Fingerprints) -> int:

@@ -67,7 +67,7 @@ def _panel(task: Task, source: TrainSource) -> Image.Image:
             image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
             panel.paste(image.resize((width, height), Image.Resampling.LANCZOS), (left, row))
             pen.rectangle([left, row, left + width - 1, row + height - 1], outline=_LINE)  # white ones need an edge
-        text = _shortened(source.classes[label], _font(11), step - _GAP)
+        text = _shortened(source.name_of(label), _font(11), step - _GAP)
         pen.text((left, rows[1] + height + 4), text, _INK, _font(11))
     return panel
 

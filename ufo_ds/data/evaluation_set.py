@@ -19,6 +19,7 @@ class EvaluationSet:
         label_names: the label of each sample, by name, so that the ids of query and gallery compare.
         camera_names: the camera of each sample, None where it has none.
         pairs: int64 [M, 4] of fold, first sample, second sample, same identity (0 or 1); or None.
+        templates: sets of images to be compared as one; or None.
     """
 
     def __init__(self, shards: ShardSet):
@@ -28,6 +29,7 @@ class EvaluationSet:
             shards.cameras[camera] if camera >= 0 else None for camera in shards.camera_ids
         ]
         self.pairs = shards.pairs
+        self.templates = shards.templates
 
     @classmethod
     def open(cls, spec: str | Path, shard_cache: ShardCache = DEFAULT_CACHE) -> "EvaluationSet":

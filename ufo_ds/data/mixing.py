@@ -28,7 +28,7 @@ class TaskBatch:
 
     Attributes:
         images: uint8 [n, 3, H, W].
-        labels: int64 [n].
+        labels: int64 [n]; of a multi-label task as in ``ufo_ds.data.attributes``.
         positions: of the samples in the task's global micro-batch; they stay on the host.
         global_count: samples of the task in the global micro-batch.
         mix_labels: int64 [n], of the images that these are mixed with; of a task that mixes, else None.

@@ -73,8 +73,8 @@ def write_sets(
         workers: threads that read and decode.
 
     Raises:
-        UserError: ``out`` exists, cannot be written or is being made by another process; an image cannot be read, or
-            too many are corrupt.
+        UserError: a part without images; ``out`` exists, cannot be written or is being made by another process; an
+            image cannot be read, or too many are corrupt.
     """
     out = Path(out)
     if shard_size < 1:
@@ -83,6 +83,9 @@ def write_sets(
         raise UserError(f"max_corrupt {max_corrupt}: give a share of the images, from 0 to 1")
     if workers < 1:
         raise UserError(f"workers {workers}: give 1 or more")
+    for name, part in parts.items():
+        if not part.layout.samples:
+            raise UserError(f"{part.source}: {f'part {name}' if name else 'the set'} has no images: nothing to write")
     check_absent(out)  # before the time that a fingerprint takes
     with ThreadPoolExecutor(workers) as pool:
         fingerprint = _fingerprint(parts, f"{FORM} {shard_size} {max_corrupt}", pool)

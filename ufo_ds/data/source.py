@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ufo_ds.data import attributes
 from ufo_ds.data.augmentation import CROP_ATTEMPTS, augmented, crop_box
 from ufo_ds.data.mixup import draw_mixing, mixed
 from ufo_ds.data.ratios import with_counts
@@ -28,10 +29,11 @@ class TrainSource:
 
     Attributes:
         task: of the recipe.
-        classes: label names. A linear head joins the classes of its sets by name; for a margin head the identities of
-            each set stay apart, so a name may come twice. Those of turned images end in "turned 90" and so on.
+        classes: label names, or of a multi-label task the attributes. A linear head joins those of its sets by name;
+            for a margin head the identities of each set stay apart, so a name may come twice. Those of turned images
+            end in "turned 90" and so on.
         num_classes: outputs of the head, at least ``len(classes)``.
-        labels: int64 [N], of the images as they are, over all sets.
+        labels: int64 [N], of the images as they are, over all sets; see :meth:`name_of`.
         licences: of the sets, each once.
         shards: number of shards of all sets.
     """
@@ -40,8 +42,11 @@ class TrainSource:
         self, task: Task, seed: int, sets: list[ShardSet], cache: bool = False, shuffle_shards: int | None = None
     ):
         self.task, self.seed = task, seed
-        names, labels = _join_labels(task, sets)
-        _check_range(task, task.num_classes or len(names), names, sets, labels)
+        if task.loss.multi_label:
+            names, labels = _join_attributes(task, sets)
+        else:
+            names, labels = _join_labels(task, sets)
+            _check_range(task, task.num_classes or len(names), names, sets, labels)
         turns = 4 if task.quarter_turns else 1
         self._classes_per_turn = len(names)
         self.num_classes = turns * (task.num_classes or len(names))
@@ -68,13 +73,20 @@ class TrainSource:
         """Open the shards of ``task.train``.
 
         Raises:
-            UserError: no train set, shards that cannot be opened, a label beyond ``num_classes``, too few identities.
+            UserError: no train set, shards that cannot be opened, a label beyond ``num_classes``, too few identities,
+                no attributes or too many.
         """
         return cls(task, seed, open_sets(task, shard_cache), cache)
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self.labels)
+
+    def name_of(self, label: int) -> str:
+        """Of a label as :meth:`load` gives it: the class, or of a multi-label task its attributes joined."""
+        if not self.task.loss.multi_label:
+            return self.classes[label]
+        return attributes.joined(name for i, name in enumerate(self.classes) if label >> i & 1)
 
     @property
     def steps_per_epoch(self) -> float:
@@ -166,7 +178,7 @@ class TrainSource:
         """The image, then the others of its label, then all of other labels, each time cyclically from it on."""
         yield index
         label = self.labels[index]
-        start, stop = np.searchsorted(self.labels, [label, label + 1], sorter=self._by_label)
+        start, stop = (np.searchsorted(self.labels, label, side, self._by_label) for side in ("left", "right"))
         same = self._by_label[start:stop]  # ascending, as the sort is stable
         later = np.searchsorted(same, index) + 1
         yield from np.roll(same, -later)[:-1].tolist()
@@ -217,6 +229,20 @@ def _join_labels(task: Task, sets: list[ShardSet]) -> tuple[list[str], list[np.n
     classes = sorted({name for shards in sets for name in shards.classes})
     position = {name: label for label, name in enumerate(classes)}
     return classes, [np.array([position[name] for name in shards.classes])[shards.labels] for shards in sets]
+
+
+def _join_attributes(task: Task, sets: list[ShardSet]) -> tuple[list[str], list[np.ndarray]]:
+    """The attributes of the task, sorted, and each set's labels as bits."""
+    names = sorted({name for shards in sets for label in shards.classes for name in attributes.names_in(label)})
+    where = f"task {task.name}: {', '.join(shards.name for shards in sets)}"
+    if not 0 < len(names) <= attributes.MOST:
+        raise UserError(
+            f"{where}: {len(names)} attributes in labels such as {sets[0].classes[0]!r}: a label is 1 to "
+            f"{attributes.MOST} attributes joined by '+'"
+        )
+    if task.num_classes not in (None, len(names)):  # an output without images would flatter the metrics
+        raise UserError(f"{where}: {len(names)} attributes, but num_classes is {task.num_classes}: leave it out")
+    return names, [attributes.to_bits(shards.classes, names)[shards.labels] for shards in sets]
 
 
 def _check_range(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ufo_ds.data.audit import parts
+from ufo_ds.data.attributes import names_in
 from ufo_ds.data.shards import ShardSet
 from ufo_ds.data.source import TrainSource
 from ufo_ds.recipe import Recipe
@@ -16,7 +16,7 @@ class TaskFigures:
     """Training data of a task. Quarter turns count: an image is four samples, a class four.
 
     Attributes:
-        classes: with samples; identities of several sets stay apart.
+        classes: with samples, or attributes; identities of several sets stay apart.
         identities_per_step: None without PK sampling, and so ``images_per_identity`` (least, median, most).
         steps_per_epoch: of the task's own steps; with PK sampling until each identity was met once.
     """
@@ -33,7 +33,11 @@ class TaskFigures:
 
 @dataclass(frozen=True)
 class BenchmarkFigures:
-    """A part (``shards``, ``query``, ``gallery``) of a benchmark; ``pairs`` is None where it has no list of them."""
+    """A part (``shards``, ``query``, ``gallery``) of a benchmark; ``pairs`` is None where it has no list of them.
+
+    Attributes:
+        ids: identities, classes or attributes.
+    """
 
     benchmark: str
     protocol: str
@@ -51,6 +55,8 @@ def task_figures(recipe: Recipe, sources: dict[str, TrainSource]) -> list[TaskFi
         turns = 4 if task.quarter_turns else 1
         images = np.unique(sources[task.name].labels, return_counts=True)[1]
         samples, classes, p = turns * int(images.sum()), turns * len(images), task.identities_per_step
+        if task.loss.multi_label:
+            classes = len(sources[task.name].classes)
         figures.append(
             TaskFigures(
                 task=task.name,
@@ -74,16 +80,19 @@ def benchmark_figures(recipe: Recipe) -> list[BenchmarkFigures]:
     figures = []
     for task in recipe.tasks:
         for benchmark in task.benchmarks:
-            for part, directory in parts(benchmark).items():
+            for part, directory in benchmark.parts.items():
                 shards = ShardSet.open(directory, recipe.data.shard_cache)
                 pairs = None if shards.pairs is None else len(shards.pairs)
+                ids = {shards.classes[label] for label in np.unique(shards.labels)}
+                if benchmark.protocol == "attributes":
+                    ids = {name for label in ids for name in names_in(label)}
                 figures.append(
                     BenchmarkFigures(
                         benchmark=f"{task.name}/{benchmark.name}",
                         protocol=benchmark.protocol,
                         part=part,
                         samples=len(shards),
-                        ids=len(np.unique(shards.labels)),
+                        ids=len(ids),
                         cameras=len(np.unique(shards.camera_ids[shards.camera_ids >= 0])),
                         pairs=pairs,
                     )

@@ -1,168 +1,74 @@
-"""From a recipe's benchmarks to outcomes: which images to run, and which protocol to apply to what comes out."""
+"""From a recipe's benchmarks, and what a model says of their images, to outcomes: which protocol gets which arrays."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
+from ufo_ds.data.attributes import from_bits, names_in, to_bits
 from ufo_ds.data.evaluation_set import EvaluationSet, digest
-from ufo_ds.data.mixing import Batch, TaskBatch
+from ufo_ds.data.layouts.layout import Templates
 from ufo_ds.errors import UserError
-from ufo_ds.evaluation import classification, retrieval, verification
+from ufo_ds.evaluation import (
+    attributes,
+    classification,
+    identification,
+    one_shot,
+    query_expansion,
+    random_gallery,
+    recall,
+    reranking,
+    retrieval,
+    templates,
+    thresholds,
+    verification,
+)
+from ufo_ds.evaluation.features import Predictions, TaskImages
 from ufo_ds.evaluation.outcomes import Outcomes
-from ufo_ds.model.heads import Outputs
 from ufo_ds.recipe import Recipe
-from ufo_ds.recipe_task import Benchmark, Size
+from ufo_ds.recipe_benchmark import OF_LOGITS, Benchmark
+from ufo_ds.recipe_task import Task
 
-
-@dataclass
-class TaskImages:
-    """All evaluation images of a task, one after another.
-
-    Attributes:
-        input: height and width.
-        sets: by directory.
-        starts: by directory and whether mirrored, where its images begin.
-    """
-
-    input: Size
-    sets: dict[str, EvaluationSet] = field(default_factory=dict)
-    starts: dict[tuple[str, bool], int] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return sum(len(self.sets[directory]) for directory, _ in self.starts)
-
-    def load(self, index: int) -> np.ndarray:
-        (directory, mirrored), start = [item for item in self.starts.items() if item[1] <= index][-1]
-        pixels = self.sets[directory].load(index - start, self.input)
-        return pixels[:, :, ::-1] if mirrored else pixels
-
-    def rows(self, outputs: np.ndarray, directory: str, flip: bool) -> np.ndarray:
-        """Of the outputs for all images those for one set, with ``flip`` averaged with its mirror images'.
-
-        The average is of the outputs as they are; embeddings are normalised afterwards, by the protocols, as fast-reid
-        and insightface do.
-        """
-        count = len(self.sets[directory])
-        plain = outputs[self.starts[directory, False] :][:count]
-        return (plain + outputs[self.starts[directory, True] :][:count]) / 2 if flip else plain
-
-
-def open_images(recipe: Recipe) -> dict[str, TaskImages]:
-    """The images behind the benchmarks of every task that has some, each directory once, and once mirrored if needed.
-
-    Raises:
-        UserError: shards that are missing or damaged.
-    """
-    images = {}
-    for task in recipe.tasks:
-        mine = TaskImages(task.input)
-        for benchmark in task.benchmarks:
-            for directory in (benchmark.shards, benchmark.query, benchmark.gallery):
-                if directory is None:
-                    continue
-                if directory not in mine.sets:
-                    mine.sets[directory] = EvaluationSet.open(directory, recipe.data.shard_cache)
-                for mirrored in (False, True) if benchmark.flip else (False,):
-                    if (directory, mirrored) not in mine.starts:
-                        mine.starts[directory, mirrored] = len(mine)
-        if mine.sets:
-            images[task.name] = mine
-    return images
+LeftOut = Mapping[str, set[int]]  # directory -> positions of images that are not counted
 
 
 def check(recipe: Recipe, images: Mapping[str, TaskImages], classes: Mapping[str, list[str]]) -> None:
     """Whether all benchmarks can be scored, before hours are spent on what they would score.
 
     Raises:
-        UserError: a class that the head lacks, pairs that the shards lack, or an ``evaluation.best`` that none yields.
+        UserError: a protocol that does not go with the loss, a class or attribute that the head lacks, pairs that the
+            shards lack, or an ``evaluation.best`` that none yields.
     """
     names = []
     for task in recipe.tasks:
         for benchmark in task.benchmarks:
             names.append(f"{task.name}/{benchmark.name}/")
-            if benchmark.shards is not None:
-                data = images[task.name].sets[benchmark.shards]
-                if benchmark.protocol == "classification":
-                    class_labels(data, classes[task.name], benchmark.name)
-                elif data.pairs is None:
-                    raise UserError(
-                        f"benchmark {benchmark.name}: {benchmark.shards} has no pairs: make it from a pair list"
-                    )
+            _check_protocol(task, benchmark)
+            for directory in benchmark.parts.values():
+                _check_data(benchmark, directory, images[task.name].sets[directory], classes[task.name])
     best = recipe.evaluation.best
     if best is not None and not best.startswith(tuple(names)):
         raise UserError(f"evaluation.best {best!r}: use a metric of one of {', '.join(names)}")
 
 
-class _Rounds(Dataset[Batch]):
-    """Round i holds the i-th ``batch_size`` images of every task's range."""
-
-    def __init__(self, images: Mapping[str, TaskImages], ranges: Mapping[str, range], batch_size: int):
-        self.images, self.ranges, self.batch_size = images, ranges, batch_size
-
-    def __getitem__(self, i: int) -> Batch:
-        tasks = {}
-        for name, indices in self.ranges.items():
-            chosen = indices[i * self.batch_size : (i + 1) * self.batch_size]
-            pixels = np.empty((len(chosen), 3, *self.images[name].input), dtype=np.uint8)
-            for row, index in enumerate(chosen):
-                pixels[row] = self.images[name].load(index)
-            count = len(chosen)
-            tasks[name] = TaskBatch(torch.from_numpy(pixels), torch.zeros(count, dtype=torch.int64), chosen, count)
-        return Batch(i, 0, tasks, {})
-
-
-Predictions = dict[str, tuple[int, np.ndarray, np.ndarray]]  # task -> first image, embeddings [n, D], logits [n, C]
-
-
-def predict(
-    forward: Callable[[Batch], Mapping[str, Outputs]],
-    images: Mapping[str, TaskImages],
-    ranges: Mapping[str, range],
-    rounds: int,
-    batch_size: int,
-    workers: int,
-    quiet: bool = False,
-) -> Predictions:
-    """Run images through a model.
-
-    Args:
-        forward: the model in evaluation mode, on a batch that is still on the host.
-        ranges: per task the images to run here; tasks without images take part with none.
-        rounds: number of forward passes, the same on all ranks.
-    """
-    pieces: dict[str, list[Outputs]] = {name: [] for name in ranges}
-    dataset = _Rounds(images, ranges, batch_size)
-    loader: Any = DataLoader(
-        dataset, batch_size=None, sampler=range(rounds), num_workers=workers, generator=torch.Generator()
-    )
-    with torch.no_grad():
-        for batch in tqdm(loader, "evaluate", total=rounds, leave=False, disable=True if quiet else None):
-            outputs = forward(batch)
-            for name, task in batch.tasks.items():
-                if len(task.labels):
-                    pieces[name].append(Outputs(*(tensor.float().cpu() for tensor in outputs[name])))
-    return {
-        name: (
-            ranges[name].start,
-            torch.cat([p.embedding for p in found]).numpy(),
-            torch.cat([p.logits for p in found]).numpy(),
+def _check_protocol(task: Task, benchmark: Benchmark) -> None:
+    wanted = "attributes" if task.loss.multi_label else "classification"
+    if benchmark.protocol in OF_LOGITS and benchmark.protocol != wanted:
+        raise UserError(
+            f"benchmark {task.name}/{benchmark.name}: protocol {benchmark.protocol} is for tasks "
+            f"{'without' if task.loss.multi_label else 'with'} binary_cross_entropy: use {wanted}"
         )
-        for name, found in pieces.items() if found
-    }  # fmt: skip
 
 
-def join(parts: list[Predictions]) -> Predictions:
-    """Put together what the ranks predicted."""
-    joined: Predictions = {}
-    for name in dict.fromkeys(name for part in parts for name in part):
-        found = sorted((part[name] for part in parts if name in part), key=lambda piece: piece[0])
-        joined[name] = 0, np.concatenate([p[1] for p in found]), np.concatenate([p[2] for p in found])
-    return joined
+def _check_data(benchmark: Benchmark, directory: str, data: EvaluationSet, classes: list[str]) -> None:
+    if benchmark.protocol == "classification":
+        class_labels(data, classes, benchmark.name)
+    if benchmark.protocol == "attributes" and not attribute_targets(data, classes, benchmark.name).any():
+        raise UserError(f"benchmark {benchmark.name}: no image of {directory} has any attribute: check its labels")
+    if benchmark.protocol == "verification" and data.pairs is None:
+        raise UserError(f"benchmark {benchmark.name}: {directory} has no pairs: make it from a pair list")
+    if benchmark.protocol == "templates" and data.templates is None:
+        raise UserError(f"benchmark {benchmark.name}: {directory} has no templates: make it with `ufo shards ijb`")
 
 
 def score(
@@ -170,9 +76,11 @@ def score(
     images: Mapping[str, TaskImages],
     predictions: Predictions,
     classes: Mapping[str, list[str]],
-    without: Mapping[str, Mapping[str, set[int]]] | None = None,
+    without: Mapping[str, LeftOut] | None = None,
+    part: int = 0,
+    parts: int = 1,
 ) -> dict[str, Outcomes]:
-    """Outcomes of all benchmarks, by ``task/benchmark``.
+    """Outcomes of all benchmarks, by ``task/benchmark``, or of every ``parts``-th of them.
 
     Args:
         classes: per task, the names behind the columns of the logits.
@@ -180,57 +88,157 @@ def score(
             pair that one of them is in.
 
     Raises:
-        UserError: a benchmark has a class that the head lacks.
+        UserError: a benchmark that cannot be scored, with its name.
     """
+    everything = [(task, benchmark) for task in recipe.tasks for benchmark in task.benchmarks]
     outcomes = {}
-    for task in recipe.tasks:
-        for benchmark in task.benchmarks:
-            _, embeddings, logits = predictions[task.name]
-            key = f"{task.name}/{benchmark.name}"
-            left_out = (without or {}).get(key, {})
-            outcomes[key] = _score(benchmark, images[task.name], embeddings, logits, classes[task.name], left_out)
+    for task, benchmark in everything[part::parts]:
+        key = f"{task.name}/{benchmark.name}"
+        scored = _Scored(benchmark, images[task.name], predictions[task.name], (without or {}).get(key, {}))
+        try:
+            arrays = scored.arrays(classes[task.name])
+        except UserError as error:
+            raise UserError(f"benchmark {key}: {error}") from None
+        outcomes[key] = Outcomes(benchmark.protocol, benchmark.settings, digest(*scored.sets), arrays)
     return outcomes
 
 
-def _score(
-    benchmark: Benchmark,
-    images: TaskImages,
-    embeddings: np.ndarray,
-    logits: np.ndarray,
-    classes: list[str],
-    without: Mapping[str, set[int]],
-) -> Outcomes:
-    def rows(array: np.ndarray, directory: str) -> np.ndarray:
-        return images.rows(array, directory, benchmark.flip)
+def without_match(recipe: Recipe, images: Mapping[str, TaskImages], found: Mapping[str, Outcomes]) -> Iterator[str]:
+    """Lines about queries that count for nothing: as is usual, the metrics of retrieval are over the others."""
+    for task in recipe.tasks:
+        for benchmark in task.benchmarks:
+            if benchmark.protocol == "retrieval" and benchmark.query is not None:
+                queries = len(images[task.name].sets[benchmark.query])
+                left = len(found[f"{task.name}/{benchmark.name}"].arrays["query"])
+                if left < queries:
+                    yield (
+                        f"benchmark {task.name}/{benchmark.name}: {queries - left} of {queries} queries are left out: "
+                        f"they have no match in the gallery by another camera"
+                    )
 
-    def kept(directory: str) -> np.ndarray:
-        mask = np.ones(len(images.sets[directory]), dtype=bool)
-        mask[list(without.get(directory, []))] = False
+
+def pairs(
+    benchmark: Benchmark, images: TaskImages, predictions: Mapping[Any, np.ndarray], found: Outcomes
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Pairs of images for :func:`thresholds.choose`: similarity, whether they show the same, and both identities.
+
+    Args:
+        found: the benchmark's outcomes.
+
+    Returns:
+        Those of a verification benchmark, or drawn from one that searches; None of a benchmark without either.
+    """
+    if benchmark.protocol == "verification":
+        return found.arrays["similarity"], found.arrays["same"], found.arrays["identity"]
+    if "embedding" not in predictions or benchmark.protocol in ("classification", "templates"):
+        return None
+    sides = _Scored(benchmark, images, predictions, {}).identified()
+    if len(sides) == 1:
+        features, ids, _ = sides[0]
+        sides = [(features, ids, np.arange(len(ids)))] * 2  # an image is no pair with itself
+    return thresholds.pairs_of(*sides[0], *sides[1])
+
+
+class _Scored:
+    """A benchmark with what its protocol needs of its images: those that are kept of each directory."""
+
+    def __init__(
+        self, benchmark: Benchmark, images: TaskImages, predictions: Mapping[Any, np.ndarray], without: LeftOut
+    ):
+        self.benchmark, self.images, self.predictions, self.without = benchmark, images, predictions, without
+        self.sets = [images.sets[directory] for directory in benchmark.parts.values()]
+
+    def arrays(self, classes: list[str]) -> dict[str, np.ndarray]:
+        match self.benchmark.protocol:
+            case "classification":
+                (directory,), (data,) = self.benchmark.parts.values(), self.sets
+                labels = class_labels(data, classes, self.benchmark.name)
+                return classification.outcomes(self.rows("logits", directory), labels[self.keep(directory)])
+            case "attributes":
+                (directory,), (data,) = self.benchmark.parts.values(), self.sets
+                targets = attribute_targets(data, classes, self.benchmark.name)
+                return attributes.outcomes(self.rows("logits", directory), targets[self.keep(directory)])
+            case "retrieval":
+                return self._retrieval()
+            case "recall":
+                return self._recall()
+            case "identification":
+                (query, ids, _), (gallery, gallery_ids, _) = self.identified()
+                return identification.outcomes(query, ids, gallery, gallery_ids)
+            case "random_gallery":
+                ((features, ids, _),) = self.identified()
+                return random_gallery.outcomes(features, ids, **self.benchmark.given("draws"))
+            case "one_shot":
+                ((features, ids, _),) = self.identified()
+                return one_shot.outcomes(features, ids, **self.benchmark.given("ways", "episodes"))
+            case "verification":
+                return self._verification()
+            case "templates":
+                return self._templates()
+
+    def rows(self, kind: str, directory: str) -> np.ndarray:
+        """Of the images that are kept; memory-mapped where these are all and not averaged with their mirror images."""
+        found = self.images.rows(self.predictions[kind], directory, self.benchmark.flip)
+        return found[self.keep(directory)] if self.without.get(directory) else found
+
+    def keep(self, directory: str) -> np.ndarray:
+        mask = np.ones(len(self.images.sets[directory]), dtype=bool)
+        mask[list(self.without.get(directory, []))] = False
         return mask
 
-    if benchmark.protocol == "retrieval":
-        assert benchmark.query is not None
-        assert benchmark.gallery is not None
-        query, gallery = images.sets[benchmark.query], images.sets[benchmark.gallery]
-        of_query, of_gallery = (
-            [array[kept(directory)] for array in (rows(embeddings, directory), *_numbers(one, other))]
-            for directory, one, other in ((benchmark.query, query, gallery), (benchmark.gallery, gallery, query))
-        )
-        arrays = retrieval.outcomes(*of_query, *of_gallery)
-        return Outcomes(benchmark.protocol, benchmark.flip, digest(query, gallery), arrays)
-    assert benchmark.shards is not None
-    data, keep = images.sets[benchmark.shards], kept(benchmark.shards)
-    if benchmark.protocol == "verification":
+    def identified(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Per directory embeddings, identities and cameras; these numbered alike in all of them."""
+        labels = _numbers([data.label_names for data in self.sets], unknown="-1")
+        cameras = _numbers([data.camera_names for data in self.sets], unknown=None)
+        return [
+            (self.rows("embedding", directory), of_label[keep], of_camera[keep])
+            for directory, of_label, of_camera in zip(self.benchmark.parts.values(), labels, cameras, strict=True)
+            for keep in (self.keep(directory),)
+        ]
+
+    def _retrieval(self) -> dict[str, np.ndarray]:
+        (query, query_ids, query_cameras), (gallery, ids, cameras) = self.identified()
+        expand, rerank = self.benchmark.query_expansion, self.benchmark.rerank
+        blocks = None
+        if expand is not None or rerank is not None:  # junk has no part in what is a neighbour of what
+            kept = np.flatnonzero(ids != retrieval.JUNK)
+            gallery, ids, cameras = gallery[kept], ids[kept], cameras[kept]
+        if expand is not None:
+            query = query_expansion.expand(query, gallery, expand.k, expand.alpha)
+        if rerank is not None:
+            blocks = reranking.similarities(query, gallery, rerank.k1, rerank.k2, rerank.weight)
+        arrays = retrieval.outcomes(query, query_ids, query_cameras, gallery, ids, cameras, blocks)
+        if expand is not None or rerank is not None:
+            top = arrays["shown_top"]
+            arrays["shown_top"] = np.where(top >= 0, kept[top], -1)
+        return arrays
+
+    def _recall(self) -> dict[str, np.ndarray]:
+        (query, ids, _), *others = self.identified()
+        gallery, gallery_ids, _ = others[0] if others else (None, None, None)
+        return recall.outcomes(query, ids, gallery, gallery_ids, **self.benchmark.given("at"))
+
+    def _verification(self) -> dict[str, np.ndarray]:
+        (directory,), (data,) = self.benchmark.parts.values(), self.sets
         assert data.pairs is not None  # see check
+        keep = self.keep(directory)
         pairs = data.pairs[keep[data.pairs[:, 1]] & keep[data.pairs[:, 2]]]
-        arrays = verification.outcomes(rows(embeddings, benchmark.shards), pairs)
-        # Images of a pair list have no label and are their own identities.
+        found = self.images.rows(self.predictions["embedding"], directory, self.benchmark.flip)
+        arrays = verification.outcomes(found, pairs)
+        # Images of a list of files have no label and are their own identities.
         identities = np.unique(data.label_names, return_inverse=True)[1]
-        arrays["identity"] = identities[pairs[:, 1:3]]
-    else:
-        labels = class_labels(data, classes, benchmark.name)
-        arrays = classification.outcomes(rows(logits, benchmark.shards)[keep], labels[keep])
-    return Outcomes(benchmark.protocol, benchmark.flip, digest(data), arrays)
+        return arrays | {"identity": identities[pairs[:, 1:3]]}
+
+    def _templates(self) -> dict[str, np.ndarray]:
+        (directory,), (data,) = self.benchmark.parts.values(), self.sets
+        sets = data.templates
+        assert sets is not None  # see check
+        keep = self.keep(directory)
+        template = sets.template[keep]
+        pairs = sets.pairs[np.isin(sets.pairs[:, :2], template).all(axis=1)]
+        return templates.outcomes(
+            self.rows("embedding", directory), Templates(template, sets.media[keep], sets.score[keep], pairs)
+        )
 
 
 def class_labels(data: EvaluationSet, classes: list[str], where: str) -> np.ndarray:
@@ -246,17 +254,25 @@ def class_labels(data: EvaluationSet, classes: list[str], where: str) -> np.ndar
     return np.array([numbers[name] for name in data.label_names])
 
 
-def _numbers(data: EvaluationSet, other: EvaluationSet) -> tuple[np.ndarray, np.ndarray]:
-    """Identities and cameras numbered alike in query and gallery, by name; "-1" is junk, no camera is -1."""
+def attribute_targets(data: EvaluationSet, attributes: list[str], where: str) -> np.ndarray:
+    """Which of the head's attributes each image has, bool [N, A].
 
-    def number(mine: list[Any], theirs: list[Any], unknown: Any) -> np.ndarray:
-        names = {name: i for i, name in enumerate(sorted({*mine, *theirs} - {unknown}))}
-        return np.array([names.get(name, -1) for name in mine])
+    Raises:
+        UserError: an attribute that the head was not trained on.
+    """
+    for label in dict.fromkeys(data.label_names):
+        for name in sorted(names_in(label) - set(attributes)):
+            raise UserError(
+                f"benchmark {where}: attribute {name!r} of label {label!r} is not among the {len(attributes)} that the "
+                f"model was trained on: {', '.join(attributes)}"
+            )
+    return from_bits(to_bits(data.label_names, attributes), len(attributes))
 
-    return (
-        number(data.label_names, other.label_names, "-1"),
-        number(data.camera_names, other.camera_names, None),
-    )
+
+def _numbers(names: Sequence[Sequence[Any]], unknown: Any) -> list[np.ndarray]:
+    """Names of several sets numbered alike in all of them; ``unknown`` is -1."""
+    number = {name: i for i, name in enumerate(sorted({name for of_set in names for name in of_set} - {unknown}))}
+    return [np.array([number.get(name, -1) for name in of_set], dtype=np.int64) for of_set in names]
 
 
 def table(metrics: Mapping[str, float]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 ::
 
     evaluations/step-00001000/<task>.<benchmark>.safetensors
+    evaluations/step-00001000/metrics.json          task/benchmark/metric -> value, of all of them
 
 Each file holds the arrays of its protocol's ``outcomes`` and, as JSON in its header, which benchmark they are of.
 """
@@ -20,13 +21,34 @@ from safetensors.numpy import save
 
 from ufo_ds import checkpoint
 from ufo_ds.errors import UserError
-from ufo_ds.evaluation import classification, retrieval, verification
+from ufo_ds.evaluation import (
+    attributes,
+    classification,
+    identification,
+    one_shot,
+    random_gallery,
+    recall,
+    retrieval,
+    templates,
+    verification,
+)
 from ufo_ds.evaluation.statistics import Items
+from ufo_ds.recipe_benchmark import Protocol
 
-_PROTOCOLS: dict[str, Any] = {"classification": classification, "retrieval": retrieval, "verification": verification}
-# Of each protocol the metric by which models are compared, and the score of each item whose mean it is.
-MAIN_METRIC = {"classification": "top1", "retrieval": "mAP", "verification": "accuracy"}
-_SCORE = {"classification": "right", "retrieval": "average_precision", "verification": "right"}
+# Each is a module of pure functions: outcomes of arrays; metrics, items and chance of outcomes.
+PROTOCOLS: dict[Protocol, Any] = {
+    "classification": classification,
+    "attributes": attributes,
+    "retrieval": retrieval,
+    "recall": recall,
+    "random_gallery": random_gallery,
+    "verification": verification,
+    "templates": templates,
+    "identification": identification,
+    "one_shot": one_shot,
+}
+
+METRICS = "metrics.json"
 
 
 @dataclass(frozen=True)
@@ -35,33 +57,36 @@ class Outcomes:
 
     Attributes:
         protocol: of the benchmark.
-        flip: whether images were averaged with their mirror images.
+        settings: of the benchmark, those that are not the default (flip, re-ranking, ...).
         data: a digest of the names of labels and cameras, and of the pairs: alike for the same data alone.
         arrays: the protocol's ``outcomes``; for verification also ``identity``, int [M, 2].
     """
 
-    protocol: str
-    flip: bool
+    protocol: Protocol
+    settings: dict[str, Any]
     data: str
     arrays: dict[str, np.ndarray]
 
     def metrics(self) -> dict[str, float]:
-        return _PROTOCOLS[self.protocol].metrics(self.arrays)
+        return PROTOCOLS[self.protocol].metrics(self.arrays)
+
+    def chance(self) -> dict[str, float]:
+        """What guessing gets, of the metrics where that is known."""
+        return PROTOCOLS[self.protocol].chance(self.arrays)
+
+    @property
+    def main_metric(self) -> str:
+        """The metric by which models are compared."""
+        return PROTOCOLS[self.protocol].MAIN_METRIC
 
     @property
     def scores(self) -> np.ndarray:
         """The score of each item, float64 [N]: the main metric is their mean by the weight of :attr:`items`."""
-        return self.arrays[_SCORE[self.protocol]].astype(np.float64)
+        return PROTOCOLS[self.protocol].items(self.arrays)[0]
 
     @property
     def items(self) -> Items:
-        """Clusters are identities; images for classification, whose classes are not a sample of classes."""
-        count = len(self.scores)
-        if self.protocol == "verification":  # a mean over folds of means
-            _, fold_N, sizes = np.unique(self.arrays["fold"], return_inverse=True, return_counts=True)
-            return Items(1 / (len(sizes) * sizes[fold_N]), self.arrays["identity"])
-        identity = self.arrays["identity"] if self.protocol == "retrieval" else np.arange(count)
-        return Items(np.full(count, 1 / count), identity[:, None])
+        return PROTOCOLS[self.protocol].items(self.arrays)[1]
 
 
 def flatten(outcomes: Mapping[str, Outcomes]) -> dict[str, float]:
@@ -69,29 +94,36 @@ def flatten(outcomes: Mapping[str, Outcomes]) -> dict[str, float]:
     return {f"{key}/{name}": value for key, found in outcomes.items() for name, value in found.metrics().items()}
 
 
-def directory_of(run: Path, step: int) -> Path:
-    return run / "evaluations" / checkpoint.name_of(step)
+def directory_of(run: Path, step: int | None) -> Path:
+    """Of a step of a run; of a model, which has none, without it."""
+    return run / "evaluations" / (checkpoint.name_of(step) if step is not None else "")
 
 
-def store(run: Path, step: int, outcomes: Mapping[str, Outcomes]) -> None:
-    """Keep outcomes (by ``task/benchmark``) in a run directory, each file written as a whole.
+def store(run: Path, step: int | None, outcomes: Mapping[str, Outcomes]) -> None:
+    """Keep outcomes (by ``task/benchmark``) in the directory of a run or model, each file written as a whole.
 
     Raises:
         UserError: it cannot be written to.
     """
+    metrics = directory_of(run, step) / METRICS
     try:
-        directory_of(run, step).mkdir(parents=True, exist_ok=True)
+        metrics.parent.mkdir(parents=True, exist_ok=True)
         for key, found in outcomes.items():
-            about = {"benchmark": key, "protocol": found.protocol, "flip": found.flip, "data": found.data, "step": step}
+            about = {
+                "benchmark": key, "protocol": found.protocol, "settings": found.settings, "data": found.data,
+                "step": step,
+            }  # fmt: skip
             arrays = {name: a.astype(np.int32) if a.dtype.kind == "i" else a for name, a in found.arrays.items()}
             checkpoint.write_bytes(path_of(run, step, key), save(arrays, {"about": json.dumps(about)}))
+        earlier = json.loads(metrics.read_text()) if metrics.exists() else {}
+        checkpoint.write_text(metrics, json.dumps(earlier | flatten(outcomes), indent=1) + "\n")
     except OSError as error:
         raise UserError(
             f"{run}: outcomes for `ufo compare` not kept ({error.strerror}): make room or get permission to write there"
         ) from None
 
 
-def load(run: Path, step: int, key: str) -> Outcomes:
+def load(run: Path, step: int | None, key: str) -> Outcomes:
     """Read what :func:`store` wrote of one benchmark.
 
     Raises:
@@ -107,11 +139,13 @@ def load(run: Path, step: int, key: str) -> Outcomes:
             about = json.loads((file.metadata() or {})["about"])
             names = file.keys()
             arrays = {name: file.get_tensor(name) for name in names}
-        return Outcomes(about["protocol"], about["flip"], about["data"], arrays)
+        found = Outcomes(about["protocol"], about["settings"], about["data"], arrays)
+        found.metrics()  # a KeyError where an array is missing
+        return found
     except (SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): make it again with `ufo evaluate {run} --last`") from None
 
 
-def path_of(run: Path, step: int, key: str) -> Path:
+def path_of(run: Path, step: int | None, key: str) -> Path:
     task, benchmark = key.split("/", 1)
     return directory_of(run, step) / f"{task}.{quote(benchmark, safe='')}.safetensors"

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ufo_ds.data.audit import Audit, parts
+from ufo_ds.data.audit import Audit
 from ufo_ds.data.evaluation_set import EvaluationSet, digest
 from ufo_ds.errors import UserError
 from ufo_ds.evaluation import benchmarks
-from ufo_ds.evaluation.benchmarks import Predictions, TaskImages
+from ufo_ds.evaluation.features import Predictions, TaskImages
 from ufo_ds.evaluation.outcomes import Outcomes
 from ufo_ds.recipe import Recipe
 
@@ -34,7 +34,7 @@ def left_out(path: Path, trained: Recipe, evaluated: Recipe) -> LeftOut:
     found: LeftOut = {}
     for task in evaluated.tasks:
         for benchmark in task.benchmarks:
-            key, directories = f"{task.name}/{benchmark.name}", parts(benchmark)
+            key, directories = f"{task.name}/{benchmark.name}", benchmark.parts
             cache = evaluated.data.shard_cache
             if data_of.get(key) != digest(*(EvaluationSet.open(path, cache) for path in directories.values())):
                 raise UserError(f"--audit {path} {'is of another' if key in data_of else 'lacks'} {key}: {again}")

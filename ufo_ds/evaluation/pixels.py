@@ -1,4 +1,4 @@
-"""The floor that a trained model must beat: pixels as features, the nearest training image as a classifier."""
+"""The floor that a trained model must beat: pixels as features, the nearest training image's class or attributes."""
 
 import numpy as np
 import torch
@@ -45,3 +45,19 @@ def nearest_neighbour_scores(
     for label in np.unique(train_labels):  # one class at a time: never all Q x N similarities at once
         scores[:, label] = (query @ train[train_labels == label].T).max(axis=1)
     return scores
+
+
+def nearest_neighbour_attributes(query: np.ndarray, train: np.ndarray, train_targets: np.ndarray) -> np.ndarray:
+    """Attribute scores by nearest neighbours: the highest cosine with any training image that has the attribute, less
+    that with any that has not; above 0 where the nearest training image has it.
+
+    Args:
+        query: float32 [Q, D].
+        train: float32 [N, D].
+        train_targets: bool [N, A]; each attribute has images.
+
+    Returns:
+        float32 [Q, A], inf for an attribute that all training images have.
+    """
+    of_each = [nearest_neighbour_scores(query, train, has_N.astype(np.int64), 2) for has_N in train_targets.T]
+    return np.stack([score_Q2[:, 1] - score_Q2[:, 0] for score_Q2 in of_each], axis=1)

@@ -179,18 +179,6 @@ def cluster_jackknife(value_N: np.ndarray, items: Items) -> tuple[float, np.ndar
     return float((count - 1) / count * variance), left_out_G
 
 
-def joined(cluster_N2: np.ndarray, same_N: np.ndarray) -> np.ndarray:
-    """Clusters of pairs numbered anew, int [N, 2], those of a genuine pair as one.
-
-    So images or templates, where no identities are told, become those that the genuine pairs tell.
-    """
-    names, number_N2 = np.unique(cluster_N2, return_inverse=True)
-    number_N2 = number_N2.reshape(-1, 2)
-    first, second = number_N2[same_N].T
-    links = csr_array((np.ones(len(first)), (first, second)), shape=(len(names), len(names)))
-    return connected_components(links, directed=False)[1][number_N2]
-
-
 def interval(score_N: np.ndarray, items: Items, alpha: float = ALPHA) -> tuple[float, float]:
     """Where the mean of one run's scores, each in 0..1, may lie on other items of the same kind.
 
@@ -207,6 +195,18 @@ def interval(score_N: np.ndarray, items: Items, alpha: float = ALPHA) -> tuple[f
     middle = (mean + squared / (2 * size)) / (1 + squared / size)
     half = (squared * variance + squared**2 / (4 * size**2)) ** 0.5 / (1 + squared / size)
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def joined(cluster_N2: np.ndarray, same_N: np.ndarray) -> np.ndarray:
+    """Clusters of pairs numbered anew, int [N, 2], those of a genuine pair as one.
+
+    So images or templates, where no identities are told, become those that the genuine pairs tell.
+    """
+    names, number_N2 = np.unique(cluster_N2, return_inverse=True)
+    number_N2 = number_N2.reshape(-1, 2)
+    first, second = number_N2[same_N].T
+    links = csr_array((np.ones(len(first)), (first, second)), shape=(len(names), len(names)))
+    return connected_components(links, directed=False)[1][number_N2]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

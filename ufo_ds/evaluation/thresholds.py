@@ -23,12 +23,9 @@ lets through those draws above all whose V is too small. With 10 in place of 3, 
 intervals that are given cover the truth in 79 of 100.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
 from scipy.special import expit, logit, stdtrit
 from scipy.stats import beta, norm
 from sklearn.linear_model import LogisticRegression
@@ -70,13 +67,13 @@ class Threshold:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Probability:
     """The log odds that a pair is genuine are ``slope * similarity + intercept``, where half of the pairs are."""
 
     slope: float
     intercept: float
 
-    def probability(self, similarity: np.ndarray | float, prior: float = 0.5) -> np.ndarray | float:
+    def of(self, similarity: np.ndarray | float, prior: float = 0.5) -> np.ndarray | float:
         """The probability that a pair is genuine where a share ``prior`` of all pairs is."""
         return expit(self.slope * np.asarray(similarity, dtype=np.float64) + self.intercept + logit(prior))
 
@@ -171,7 +168,7 @@ def rate(wrong: np.ndarray, identity: np.ndarray, chosen: bool = False) -> Rate:
     return Rate(value, (low, high), effective)
 
 
-def calibrate(similarity: np.ndarray, same: np.ndarray) -> Calibration:
+def calibrate(similarity: np.ndarray, same: np.ndarray) -> Probability:
     """Logistic regression of whether a pair is genuine on its similarity, both kinds of pairs with the same weight.
 
     Args:
@@ -192,7 +189,7 @@ def calibrate(similarity: np.ndarray, same: np.ndarray) -> Calibration:
             f"no calibration: the {int(same.sum())} genuine pairs are not more similar than the {int((~same).sum())} "
             f"impostor pairs; check the pairs, or use a model that has learned the task"
         )
-    return Calibration(slope, float(model.intercept_[0]) - slope * mean)
+    return Probability(slope, float(model.intercept_[0]) - slope * mean)
 
 
 def pairs_of(
@@ -263,32 +260,6 @@ def pairs_of(
         np.arange(len(first)) < genuine,
         identity,
     )
-
-
-_Kind = TypeVar("_Kind", Threshold, Calibration)
-
-
-def as_values(found: Threshold | Calibration) -> dict[str, Any]:
-    """As plain values for JSON."""
-    return TypeAdapter(type(found)).dump_python(found, mode="json")
-
-
-def from_values(kind: type[_Kind], values: Mapping[str, Any], where: str) -> _Kind:
-    """Read what :func:`as_values` made.
-
-    Args:
-        where: the file, for the message.
-
-    Raises:
-        UserError: a value is missing or of the wrong type.
-    """
-    try:
-        return TypeAdapter(kind).validate_python(dict(values))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(
-            f"{where}: {kind.__name__.lower()}.{'.'.join(map(str, first['loc']))}: {first['msg']}: make it again"
-        ) from None
 
 
 def _check(similarity: np.ndarray, same: np.ndarray) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ufo_ds import losses
 from ufo_ds.model.classifiers import Classifier, CosineClassifier, HolderGroup, LinearClassifier
 from ufo_ds.model.packing import Segment, split
-from ufo_ds.recipe_task import ArcFace, Circle, CosFace, CrossEntropy, Head, Loss
+from ufo_ds.recipe_task import ArcFace, BinaryCrossEntropy, Circle, CosFace, CrossEntropy, Head, Loss
 from ufo_ds.seeding import torch_generator
 
-LOSSES = ("cross_entropy", "cosface", "am_softmax", "arcface", "circle", "triplet")
+LOSSES = ("cross_entropy", "binary_cross_entropy", "cosface", "am_softmax", "arcface", "circle", "triplet")
 Moment = tuple[int, int]  # step, micro-step
 Mix = tuple[Tensor, Tensor]  # labels of the images that samples are mixed with, weights of the samples' own, each [B]
 
@@ -110,7 +110,7 @@ class TaskHead(nn.Module):
 
         Args:
             features_BD: this process's samples of the task.
-            labels_B: their classes.
+            labels_B: their classes, or sets of attributes as of ``ufo_ds.data.attributes``.
             global_count: samples of the task in the micro-batch on all processes.
             moment: of training.
             mix: of samples that are mixed, for a linear head: its loss is then the weighted mean of those of both
@@ -154,7 +154,11 @@ class TaskHead(nn.Module):
             chosen, position_C = self._sample(present, moment)
         logits_XC = self.classifier.logits(samples_XD, chosen)
 
-        def loss_of(options: CrossEntropy | CosFace | ArcFace | Circle, labels_X: Tensor) -> Tensor:
+        def loss_of(
+            options: CrossEntropy | BinaryCrossEntropy | CosFace | ArcFace | Circle, labels_X: Tensor
+        ) -> Tensor:
+            if isinstance(options, BinaryCrossEntropy):  # of a head that is neither sharded nor sampled
+                return options.weight * losses.binary_cross_entropy(logits_XC, labels_X)
             columns_X = self._columns(labels_X, position_C)
             loss_X = losses.cross_entropy(
                 _with_margin(options, logits_XC, columns_X),

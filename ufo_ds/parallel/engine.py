@@ -12,10 +12,11 @@ from deepspeed.utils import groups, safe_get_full_fp32_param, set_z3_leaf_module
 from torch import Tensor
 
 from ufo_ds.data.mixing import Batch, Positions
-from ufo_ds.evaluation.benchmarks import Predictions, TaskImages, join, predict
+from ufo_ds.evaluation.features import FeatureFiles, TaskImages, predict
 from ufo_ds.model.heads import LOSSES, TaskHead
 from ufo_ds.model.parameters import check_rules, unused, update_rule
 from ufo_ds.model.supernet import Pretrained, Supernet, init_weights
+from ufo_ds.parallel import ranks
 from ufo_ds.parallel.averages import BufferAverages, averaged
 from ufo_ds.parallel.batches import exchange_samples
 from ufo_ds.parallel.config import DistributedConfig
@@ -109,7 +110,7 @@ class Engine:
             if zero["stage3_prefetch_bucket_size"]:
                 parameters: list[Any] = list(self.model.parameters())
                 mine.append([int(p.ds_numel) for p in parameters])
-        everyone = self.from_all(mine)
+        everyone = ranks.from_all(mine)
         if any(other != everyone[0] for other in everyone):
             raise RuntimeError(f"ranks differ in modules, parameters, groups, sub-groups or sizes: {everyone}")
 
@@ -203,43 +204,25 @@ class Engine:
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 
-    def predict(self, images: Mapping[str, TaskImages], batch_size: int, workers: int) -> Predictions:
-        """Embeddings and logits of all evaluation images, complete on rank 0, by the averaged weights if there are any.
-        Each rank runs its own tasks' images; all make the same number of forward passes."""
+    def predict(self, images: Mapping[str, TaskImages], batch_size: int, workers: int, files: FeatureFiles) -> None:
+        """Write what the model, with the averaged weights if there are any, says of all evaluation images. Each rank
+        runs its own tasks' images; all make the same number of forward passes."""
         sizes = {name: len(of_task) for name, of_task in images.items()}
         ranges = self.placement.owned(self.rank, {name: sizes.get(name, 0) for name in self.samples})
         per_rank = max((-(-size // self.placement.replicas) for size in sizes.values()), default=0)
         self.deepspeed.eval()
         with averaged(self):
-            mine = predict(
+            predict(
                 lambda batch: self.deepspeed(batch.to(self.device)),
                 images,
                 {name: positions for name, positions in ranges.items() if name in images},
-                -(-per_rank // batch_size),
                 batch_size,
                 workers,
+                files,
+                rounds=-(-per_rank // batch_size),
                 quiet=self.rank != 0,
             )
         self.deepspeed.train()
-        everyone: list[Any] = [None] * self.world_size if self.rank == 0 else []
-        dist.gather_object(mine, everyone if self.rank == 0 else None)
-        return join(everyone)
-
-    def from_first(self, value: Any) -> Any:
-        """Rank 0's value of something, on all ranks."""
-        box = [value]
-        dist.broadcast_object_list(box)
-        return box[0]
-
-    def from_all(self, value: Any) -> list[Any]:
-        """Every rank's value of something, on all ranks."""
-        everyone: list[Any] = [None] * self.world_size
-        dist.all_gather_object(everyone, value)
-        return everyone
-
-    @staticmethod
-    def wait_for_all() -> None:
-        dist.barrier()
 
     # --- routes ---------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,6 @@
 """What lies behind a benchmark's metric, as plain values: curves, distributions, confusions, and which images to show.
 
-Each value of :func:`of_benchmark` is there only where the stored outcomes have what it needs; older ones have less.
-Ties are broken as in the protocols: pessimistically.
+What a protocol's outcomes hold decides what is shown of it. Ties are broken as in the protocols: pessimistically.
 """
 
 from collections.abc import Mapping
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ufo_ds.evaluation import roc
 from ufo_ds.evaluation.outcomes import Outcomes
 
 Arrays = Mapping[str, np.ndarray]
@@ -19,7 +19,6 @@ _POINTS = 60  # of a curve
 _RANKS = 20  # of a CMC
 _MATRIX = 30  # classes up to which all confusions are shown
 _CONFUSED = 8  # pairs of classes
-_RESOLVED = 10  # false accepts that a false accept rate needs to be worth a point
 
 
 def of_benchmark(found: Outcomes, names: Mapping[int, str], lists: int) -> Values:
@@ -32,25 +31,24 @@ def of_benchmark(found: Outcomes, names: Mapping[int, str], lists: int) -> Value
     values: Values = {}
     if "first_rank" in arrays:
         values["cmc"] = cmc(arrays)
-    if {"average_precision", "query"} <= arrays.keys():
+    if found.protocol == "retrieval":
         values["average_precisions"] = histogram({"queries": arrays["average_precision"]}, 0.0, 1.0, 20)
-    if {"shown", "shown_top", "shown_right"} <= arrays.keys():
+    if "shown" in arrays:
         values["rank_lists"] = rank_lists(arrays, lists)
-    if {"similarity", "same"} <= arrays.keys():
+    if found.protocol == "verification":
         same = arrays["same"].astype(bool)
-        values["roc"] = roc(arrays["similarity"], same)
+        values["roc"] = accept_rates(roc.impostors_above(arrays["similarity"], same), int((~same).sum()))
         pairs = {"same": arrays["similarity"][same], "different": arrays["similarity"][~same]}
         values["similarities"] = histogram(pairs, *_range(arrays["similarity"]), _BINS)
-        if {"first", "second"} <= arrays.keys():
-            values["hardest"] = hardest(arrays, lists)
-    if {"impostors_above", "impostors"} <= arrays.keys():
-        values["tar"] = tar(arrays["impostors_above"], int(arrays["impostors"].flat[0]))
-    if {"label", "predicted"} <= arrays.keys():
+        values["hardest"] = hardest(arrays, lists)
+    if found.protocol == "templates":
+        values["tar"] = accept_rates(arrays["impostors_above"], int(arrays["impostors"][0]), roc.RESOLVED)
+    if found.protocol == "classification":
         values |= confusions(arrays, names)
         values["mistakes"] = mistakes(arrays, names, lists)
-    if {"right", "target"} <= arrays.keys():
+    if found.protocol == "attributes":
         values["attributes"] = attributes(arrays["right"], arrays["target"], names)
-    if {"right", "ways"} <= arrays.keys():
+    if found.protocol == "one_shot":
         values["episodes"] = {"count": len(arrays["right"]), "ways": int(arrays["ways"].flat[0])}
     return values
 
@@ -81,29 +79,11 @@ def _range(values: np.ndarray) -> tuple[float, float]:
     return (low, high) if high > low else (low, low + 1.0)
 
 
-def roc(similarity: np.ndarray, same: np.ndarray) -> Values:
-    """True accept rate over false accept rate, from one false accept on.
-
-    With k false accepts allowed the threshold is just above the (k + 1)-th most similar different pair.
-    """
-    different = np.sort(np.where(np.isnan(similarity[~same]), np.inf, similarity[~same]))[::-1]
-    mine = np.sort(np.where(np.isnan(similarity[same]), -np.inf, similarity[same]))
-    if not len(different) or not len(mine):
-        return {"far": [], "tar": []}
-    allowed = np.unique(np.geomspace(1, len(different), _POINTS).round().astype(int))
-    threshold = np.append(different, -np.inf)[allowed]
-    accepted = len(mine) - np.searchsorted(mine, threshold, side="right")
-    accepted[threshold == -np.inf] = len(mine)
-    return {"far": (allowed / len(different)).tolist(), "tar": (accepted / len(mine)).tolist()}
-
-
-def tar(impostors_above: np.ndarray, impostors: int) -> Values:
-    """The same of templates, from what was counted for each genuine pair: the impostor pairs that score as high."""
-    lowest = _RESOLVED / max(impostors, 1)
-    far = np.geomspace(min(lowest, 1.0), 1.0, _POINTS)
-    above = np.sort(impostors_above)
-    accepted = np.searchsorted(above, np.floor(far * impostors + 1e-9), side="right")
-    return {"far": far.tolist(), "tar": (accepted / max(1, len(above))).tolist()}
+def accept_rates(impostors_above: np.ndarray, impostors: int, least: int = 1) -> Values:
+    """True accept rate over false accept rate, from ``least`` false accepts on."""
+    far, tar = roc.points(impostors_above, impostors, _POINTS)
+    shown = far * impostors > least - 0.5
+    return {"far": far[shown].tolist(), "tar": tar[shown].tolist()}
 
 
 def rank_lists(arrays: Arrays, count: int) -> list[Values]:
@@ -123,7 +103,7 @@ def rank_lists(arrays: Arrays, count: int) -> list[Values]:
             "query": int(query),
             "top": top[filled].tolist(),
             "right": right[filled].astype(bool).tolist(),
-            "relevant": int(arrays["relevant"][row]) if "relevant" in arrays else None,
+            "relevant": int(arrays["relevant"][row]),
             "first_rank": int(arrays["first_rank"][row]),
             "average_precision": float(arrays["average_precision"][row]) if by_precision else None,
         })  # fmt: skip
@@ -184,7 +164,7 @@ def confusions(arrays: Arrays, names: Mapping[int, str]) -> Values:
 def mistakes(arrays: Arrays, names: Mapping[int, str], count: int) -> list[Values]:
     """Images that were taken for something else, those first whose right class ranked lowest."""
     label, predicted = arrays["label"].astype(int), arrays["predicted"].astype(int)
-    rank = arrays["rank"].astype(int) if "rank" in arrays else np.full(len(label), 2)
+    rank = arrays["rank"].astype(int)
     rows = np.flatnonzero(label != predicted)
     rows = rows[np.argsort(-rank[rows], kind="stable")][:count]
     return [
@@ -192,7 +172,7 @@ def mistakes(arrays: Arrays, names: Mapping[int, str], count: int) -> list[Value
             "image": int(r),
             "label": _name(names, label[r]),
             "predicted": _name(names, predicted[r]),
-            "rank": int(rank[r]) if "rank" in arrays else None,
+            "rank": int(rank[r]),
         }
         for r in rows
     ]

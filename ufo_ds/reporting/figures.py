@@ -183,14 +183,14 @@ def _result(run: Run, key: str, pictures: Pictures, lists: int) -> Values:
         names |= pictures.class_names(found.outcomes.arrays["label"])
     return {
         "step": found.step,
-        "flip": found.outcomes.flip,
+        "settings": found.outcomes.settings,
         "items": len(scores),
         "clusters": items.clusters,
         "value": float(scores @ items.weight),
         "low": low,
         "high": high,
         "metrics": metrics,
-        "chance": found.chance(),
+        "chance": found.outcomes.chance(),
         "course": {
             "step": [line["step"] for line in evaluations],
             "metrics": {

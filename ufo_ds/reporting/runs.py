@@ -5,17 +5,17 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ufo_ds import checkpoint, recipe_file
 from ufo_ds.errors import UserError
 from ufo_ds.evaluation import outcomes
-from ufo_ds.evaluation.outcomes import MAIN_METRIC, Outcomes
+from ufo_ds.evaluation.outcomes import Outcomes
 from ufo_ds.model.spec import UNITS, routes_of
 from ufo_ds.recipe import Recipe
-from ufo_ds.recipe_task import Benchmark, Task
+from ufo_ds.recipe_benchmark import Benchmark
+from ufo_ds.recipe_task import Task
 
 
 @dataclass
@@ -30,12 +30,7 @@ class Evaluated:
 
     @property
     def main_metric(self) -> str:
-        return MAIN_METRIC[self.outcomes.protocol]
-
-    def chance(self) -> dict[str, float]:
-        """What guessing gets, of the metrics of which that is known."""
-        protocol = import_module(f"ufo_ds.evaluation.{self.outcomes.protocol}")
-        return protocol.chance(self.outcomes.arrays) if hasattr(protocol, "chance") else {}
+        return self.outcomes.main_metric
 
 
 @dataclass

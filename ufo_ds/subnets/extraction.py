@@ -59,6 +59,8 @@ def extract(reader: Reader, spec: SubnetSpec, out: Path) -> int:
         names = reader.index.classes[spec.task]
         config.id2label = dict(enumerate(names))
         config.label2id = {name: label for label, name in enumerate(names)}
+        if task.loss.multi_label:
+            config.problem_type = "multi_label_classification"
         model_class = ViTForImageClassification if stock else UfoViTForImageClassification
         state = {name if name.startswith("classifier.") else f"vit.{name}": value for name, value in state.items()}
     with torch.device("meta"):
@@ -179,7 +181,8 @@ def _card(reader: Reader, task: Task, spec: SubnetSpec, parameters: int) -> str:
     metrics = {k: v for k, v in reader.index.metrics.items() if k.startswith(f"{task.name}/")}
     linear = task.head.type == "linear"
     use = (
-        "AutoModelForImageClassification.from_pretrained(path)(**inputs).logits" if linear
+        "AutoModelForImageClassification.from_pretrained(path)(**inputs).logits"
+        f"{'.sigmoid()  # of each attribute' if task.loss.multi_label else ''}" if linear
         else "AutoModel.from_pretrained(path)(**inputs).pooler_output  # compare by cosine"
     )  # fmt: skip
     stock = is_stock(reader.recipe.model.backbone)

@@ -36,7 +36,7 @@ class TaskModel:
         recipe: restricted to the task.
         classes: names behind the logits, of a linear head; of a margin head none.
         fingerprint: sha256 of weights, architecture and preprocessing.
-        calibration: where its calibration is kept, if it has one; see :mod:`ufo_ds.subnets.calibration_file`.
+        calibration: where its calibration is kept, if it has one; see :mod:`ufo_ds.subnets.calibration`.
         network: uint8 [B, 3, H, W] to :class:`Outputs`.
         device: of the network.
     """
@@ -77,7 +77,7 @@ class TaskModel:
         return Outputs(*(tensor.float().cpu() for tensor in outputs))
 
     def forward(self, batch: Batch) -> dict[str, Outputs]:
-        """The task's part of a batch, as ``ufo_ds.evaluation.benchmarks.predict`` runs models."""
+        """The task's part of a batch, as ``ufo_ds.evaluation.features.predict`` runs models."""
         return {self.task: self.embed(batch.tasks[self.task].images)}
 
 
@@ -105,9 +105,20 @@ def open_model(path: Path, task: str | None = None, device: str = "cpu") -> Task
     names = [t.name for t in reader.recipe.tasks]
     if task is None and len(names) > 1:
         raise UserError(f"{path} has the tasks {', '.join(names)}: choose one with --task")
-    task = names[0] if task is None else task
-    recipe, spec = only(reader.recipe, [task]), spec_of(reader, task)
     reader.verify()
+    return task_model(reader, path, names[0] if task is None else task, device)
+
+
+def task_model(reader: checkpoint.Reader, path: Path, task: str, device: str = "cpu") -> TaskModel:
+    """A task's path of a checkpoint whose files are known to be whole.
+
+    Args:
+        path: the run directory or checkpoint, as it is called.
+
+    Raises:
+        UserError: no such task.
+    """
+    recipe, spec = only(reader.recipe, [task]), spec_of(reader, task)
     digest = fingerprint(vit_config(recipe, task), state_of(reader, spec), recipe)
     classes = reader.index.classes[task] if recipe.tasks[0].head.type == "linear" else []
     network = _PathNetwork(load_supernet(reader, [spec], device), task)

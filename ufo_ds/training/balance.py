@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ufo_ds.errors import UserError
+from ufo_ds.parallel import ranks
 from ufo_ds.recipe import Balance
 
 if TYPE_CHECKING:
@@ -128,5 +129,5 @@ class Balancer:
 
     def memory(self) -> dict[str, Any]:
         """What to store; every rank calls it."""
-        sums = self.engine.from_all(self.sums_T.tolist())
+        sums = ranks.from_all(self.sums_T.tolist())
         return {"counts": self.phases.counts, "first": self.first, "sums": sums}

@@ -17,7 +17,9 @@ from ufo_ds.data.mixing import Batch, Batches, TaskSteps, in_turn, loader, one_o
 from ufo_ds.data.source import TrainSource
 from ufo_ds.errors import UserError
 from ufo_ds.evaluation import benchmarks, outcomes
+from ufo_ds.evaluation.features import FeatureFiles, TaskImages
 from ufo_ds.parallel import checkpoint as parallel_checkpoint
+from ufo_ds.parallel import ranks, scoring
 from ufo_ds.parallel.branching import branch
 from ufo_ds.parallel.conflict import gradient_conflict
 from ufo_ds.parallel.engine import Engine
@@ -43,7 +45,7 @@ class Trainer:
         self,
         engine: Engine,
         sources: dict[str, TrainSource],
-        images: dict[str, benchmarks.TaskImages],
+        images: dict[str, TaskImages],
         directory: RunDirectory | None,
         checkpoints: Path,
         metrics: dict[str, float],
@@ -145,7 +147,7 @@ class Trainer:
 
     def _count_unreadable(self) -> dict[str, int]:
         """Per task, how many of its images were found to be unreadable so far, by any rank."""
-        everyone = self.engine.from_all(self.unreadable)
+        everyone = ranks.from_all(self.unreadable)
         counts = {name: len(set().union(*(of_rank[name] for of_rank in everyone))) for name in self.unreadable}
         for name, count in counts.items():
             size = len(self.sources[name])
@@ -188,19 +190,23 @@ class Trainer:
         """Evaluate on all ranks; whether these are the best metrics so far."""
         if not self.images:
             return False
-        recipe = self.recipe
-        predictions = self.engine.predict(self.images, recipe.evaluation.batch_size, recipe.data.workers)
+        evaluation, files = self.recipe.evaluation, FeatureFiles(self.checkpoints.parent / ".features")
         if self.directory is not None:
-            found = benchmarks.score(recipe, self.images, predictions, self.classes)
+            files.create()
+        ranks.wait_for_all()
+        self.engine.predict(self.images, evaluation.batch_size, self.recipe.data.workers, files)
+        ranks.wait_for_all()
+        found = scoring.score(self.recipe, self.images, files.read(self.images), self.classes)
+        self.metrics = outcomes.flatten(found)
+        if self.directory is not None:
+            files.remove()
             outcomes.store(self.directory.path, done, found)
-            self.metrics = outcomes.flatten(found)
             self.directory.record(done, self.metrics, "evaluation")
             for line in benchmarks.table(self.metrics):
                 self._say(f"  {line}")
-        self.metrics = self.engine.from_first(self.metrics)
         best = checkpoint.read_best(self.checkpoints)
-        value = self.metrics.get(recipe.evaluation.best or "")
-        self.engine.wait_for_all()  # all have read the best so far before it changes
+        value = self.metrics.get(evaluation.best or "")
+        ranks.wait_for_all()  # all have read the best so far before it changes
         return value is not None and (best is None or best[0] >= done or value > best[1])
 
     def _save(self, done: int, is_best: bool) -> None:

@@ -10,7 +10,8 @@ from ufo_ds.data import demo_shards
 from ufo_ds.data.source import TrainSource, open_sources
 from ufo_ds.errors import UserError
 from ufo_ds.evaluation import benchmarks
-from ufo_ds.parallel import checkpoint
+from ufo_ds.evaluation.features import open_images
+from ufo_ds.parallel import checkpoint, ranks
 from ufo_ds.parallel.config import DistributedConfig
 from ufo_ds.parallel.engine import Engine
 from ufo_ds.parallel.launch import finish_distributed, init_distributed, is_lost_rank
@@ -33,10 +34,10 @@ def train(recipe: Recipe, config: DistributedConfig, run_dir: Path) -> dict[str,
         if demo_shards.reads_demo(recipe):
             if rank == 0:
                 demo_shards.make_if_absent()
-            Engine.wait_for_all()
+            ranks.wait_for_all()
         recipe, sources = open_sources(recipe, config.accumulation)
         last = resume_from(run_dir, recipe)
-        images = benchmarks.open_images(recipe)
+        images = open_images(recipe)
         benchmarks.check(recipe, images, {name: source.classes for name, source in sources.items()})
         num_classes = {name: source.num_classes for name, source in sources.items()}
         start_values = None
@@ -77,7 +78,7 @@ def _open(run_dir: Path, recipe: Recipe, config: DistributedConfig, engine: Engi
             directory = RunDirectory(run_dir, recipe, config.deepspeed, recipe.logging.tensorboard)
         except UserError as error:
             problem = str(error)
-    problem = engine.from_first(problem)
+    problem = ranks.from_first(problem)
     if problem is not None:
         raise UserError(problem)
     return directory

@@ -6,20 +6,19 @@
       "model": "9f2c...",                                 the model's fingerprint
       "task": "faces", "benchmark": "lfw",                on which it was measured
       "flip": false,                                      outputs averaged with the mirror image's, as there
-      "pairs": {"same": 3000, "different": 3000},
       "probability": {"slope": 21.4, "intercept": -7.9},  of the same: 1 / (1 + exp(-(slope x cosine + intercept)))
       "thresholds": [
-        {"far": 0.001, "threshold": 0.41, "far_interval": [0.0004, 0.0021], "tar": 0.97, "tar_interval": [0.96, 0.98]}
+        {"far": 0.001, "threshold": 0.41, "expected_far": 0.001, "far_interval": [0.0004, 0.0021], "tar": 0.97,
+         "tar_interval": [0.96, 0.98], "impostors": 30000, "genuine": 3000, "identities": 4000}
       ]
     }
 
-A pair counts as the same when its cosine is the threshold or more. ``far`` is what was asked for, ``far_interval`` and
-``tar_interval`` say within which bounds the rates of the threshold are known. The probability is that where half of
-all pairs are the same.
+A pair counts as the same when its cosine is the threshold or more; :class:`ufo_ds.evaluation.thresholds.Threshold` says
+what the other figures are.
 """
 
 import json
-import math
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -29,39 +28,30 @@ from pydantic.dataclasses import dataclass
 
 from ufo_ds.checkpoint import write_text
 from ufo_ds.errors import UserError
-
-_PLAIN = ConfigDict(extra="forbid", allow_inf_nan=False)
-Share = Annotated[float, Field(ge=0, le=1)]
+from ufo_ds.evaluation.thresholds import Probability, Threshold
 
 
-@dataclass(config=_PLAIN, kw_only=True, frozen=True)
-class Threshold:
-    far: Share
-    threshold: float
-    far_interval: tuple[Share, Share]
-    tar: Share
-    tar_interval: tuple[Share, Share]
-
-
-@dataclass(config=_PLAIN, kw_only=True, frozen=True)
-class Probability:
-    slope: float
-    intercept: float
-
-    def of(self, cosine: float) -> float:
-        """That two images with this cosine show the same, where half of all pairs do."""
-        return 0.5 * (1 + math.tanh((self.slope * cosine + self.intercept) / 2))  # the logistic function, no overflow
-
-
-@dataclass(config=_PLAIN, kw_only=True, frozen=True)
+@dataclass(config=ConfigDict(extra="forbid", allow_inf_nan=False), kw_only=True, frozen=True)
 class Calibration:
     model: str
     task: str
     benchmark: str
     flip: bool
-    pairs: dict[str, int]
     probability: Probability
     thresholds: Annotated[list[Threshold], Field(min_length=1)]
+
+
+def table(calibration: Calibration) -> Iterator[str]:
+    """Lines for people."""
+    first = calibration.thresholds[0]
+    yield (
+        f"{calibration.task}/{calibration.benchmark}: {first.genuine:,} pairs of the same, {first.impostors:,} of "
+        f"others, {first.identities:,} identities"
+    )
+    yield "     FAR  95% interval       threshold      TAR  95% interval"
+    for t in calibration.thresholds:
+        far, tar = ("{:7.1e} .. {:7.1e}".format(*t.far_interval), "{:.4f} .. {:.4f}".format(*t.tar_interval))
+        yield f"{t.far:8.2g}  {far}  {t.threshold:9.4f}  {t.tar:7.4f}  {tar}"
 
 
 def write(path: Path, calibration: Calibration) -> None:
