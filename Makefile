@@ -21,6 +21,7 @@ demo: .venv/installed
 	@echo; $(BIN)/ufo evaluate runs/demo --pixels
 	@echo; $(BIN)/ufo evaluate runs/demo
 	@echo; for task in digits glyphs; do $(BIN)/ufo extract runs/demo --task $$task --out runs/demo/$$task --verify; done
+	@echo; $(BIN)/ufo report runs/demo
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not matrix"
