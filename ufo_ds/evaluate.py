@@ -1,11 +1,11 @@
 """Run the benchmarks of a trained run or of an extracted model.
 
-    ufo evaluate runs/demo
-    ufo evaluate runs/demo --task glyphs --pixels
-    ufo evaluate glyphs-vit --recipe other.yaml --task glyphs    # benchmarks of another recipe
-    ufo evaluate glyphs-vit --far 0.001             # also thresholds for "the same or not", kept with the model
-    ufo evaluate runs/demo --audit audit/audit.json     # also without the test images that training has seen
-    torchrun --nproc_per_node 8 ufo_ds/evaluate.py runs/big
+ufo evaluate runs/demo
+ufo evaluate runs/demo --task glyphs --pixels
+ufo evaluate glyphs-vit --recipe other.yaml --task glyphs    # benchmarks of another recipe
+ufo evaluate glyphs-vit --far 0.001             # also thresholds for "the same or not", kept with the model
+ufo evaluate runs/demo --audit audit/audit.json     # also without the test images that training has seen
+torchrun --nproc_per_node 8 ufo_ds/evaluate.py runs/big
 
 What it finds is kept in `evaluations` of the run directory or model, where it may write there: metrics.json, and item
 by item for `ufo compare` and `ufo report`.
