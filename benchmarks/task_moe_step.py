@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -245,17 +246,27 @@ def measure_in_process(quick: bool) -> dict[str, list[float]]:
         return step
 
     features_BD = dense_step(0)
-    variants: dict[str, Callable[[int], object]] = {
-        "tasks_2": task_moe([16] * 2), "tasks_8": task_moe(BALANCED_8), "tasks_32": task_moe([1] * 32),
-        "tasks_8_unbalanced": task_moe(UNBALANCED_8), "router_probe_0.25": task_moe(BALANCED_8, "learned", 0.25),
-    }  # fmt: skip
+    experts = {"tasks_2": [16] * 2, "tasks_8": BALANCED_8, "tasks_8_unbalanced": UNBALANCED_8}
+    routers = {"router_probe_0.25": 0.25}
+    others: dict[str, Callable[[], Callable[[int], object]]] = {}
     if not quick:
-        variants |= {
-            "tasks_4": task_moe(BALANCED_4), "tasks_4_unbalanced": task_moe(UNBALANCED_4),
-            "router_probe_0.1": task_moe(BALANCED_8, "learned", 0.1), "router_probe_1": task_moe(BALANCED_8, "learned"),
-            "no_experts": task_moe([32], "shared"), "transformers": transformers_step(depth, images, direction_BD),
-        }  # fmt: skip
-    return take_turns(dense_step, variants, rounds=7, limit_s=25 if quick else 7200)
+        experts |= {"tasks_4": BALANCED_4, "tasks_4_unbalanced": UNBALANCED_4}
+        routers |= {"router_probe_0.1": 0.1, "router_probe_1": 1.0}
+        others = {
+            "no_experts": lambda: task_moe([32], "shared"),
+            "transformers": lambda: transformers_step(depth, images, direction_BD),
+        }
+    # Group by group, since all models at once would need 20 GB.
+    groups: list[dict[str, Callable[[], Callable[[int], object]]]] = [
+        {name: partial(task_moe, samples) for name, samples in experts.items()} | others,
+        {"tasks_32": partial(task_moe, [1] * 32)},
+        {name: partial(task_moe, BALANCED_8, "learned", probe) for name, probe in routers.items()},
+    ]
+    ratios: dict[str, list[float]] = {}
+    for group in groups:
+        variants = {name: build() for name, build in group.items()}
+        ratios |= take_turns(dense_step, variants, rounds=7, limit_s=8 if quick else 400)
+    return ratios
 
 
 def transformers_step(depth: int, images_BCHW: Tensor, direction_BD: Tensor) -> Callable[[int], None]:

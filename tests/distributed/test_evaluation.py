@@ -1,5 +1,6 @@
 """The number of ranks, and how images are cut among them, changes no metric."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -34,22 +35,23 @@ def launch(ranks: int, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "stripes", "colours"),
-    [(2, [32, 32], [12, 12]), (2, [1, 63], [24, 0]), (4, [7, 0, 52, 5], [0, 11, 1, 12])],
-    ids=["even", "uneven", "four, one of them without images"],
+    ("ranks", "ways"),
+    [
+        (2, [{"stripes": [32, 32], "colours": [12, 12]}, {"stripes": [1, 63], "colours": [24, 0]}]),
+        (4, [{"stripes": [7, 0, 52, 5], "colours": [0, 11, 1, 12]}]),
+    ],
 )
-def test_given_features_on_ranks(recipe, tmp_path, ranks, stripes, colours):
+def test_given_features_on_ranks(recipe, tmp_path, ranks, ways):
     loaded = recipe_file.load(str(recipe))
     images = open_images(loaded)
     sizes = {name: len(mine) for name, mine in images.items()}
-    assert sizes == {"colours": sum(colours), "stripes": sum(stripes)}
     draw = np.random.default_rng(0)
     given = {
         "colours.logits": draw.normal(size=(sizes["colours"], 3)).astype(np.float32),
         "stripes.embedding": draw.normal(size=(sizes["stripes"], 7)).astype(np.float32),
     }
     save_file(given, tmp_path / "features.safetensors")
-    (tmp_path / "shares.json").write_text(json.dumps({"colours": colours, "stripes": stripes}))
+    (tmp_path / "shares.json").write_text(json.dumps(ways))
     launch(
         ranks, "tests/distributed/features.py", str(recipe), str(tmp_path / "features.safetensors"),
         str(tmp_path / "shares.json"), str(tmp_path / "run"),
@@ -59,8 +61,9 @@ def test_given_features_on_ranks(recipe, tmp_path, ranks, stripes, colours):
     }  # fmt: skip
     wanted = benchmarks.score(loaded, images, predictions, {"colours": [f"colour{i}" for i in range(3)], "stripes": []})
     assert len(wanted) == 3
-    for key, expected in wanted.items():
-        found = outcomes.load(tmp_path / "run", 1, key)
-        assert found.metrics() == expected.metrics()  # to the last digit
-        for name, array in expected.arrays.items():
+    for way, key in itertools.product(range(len(ways)), wanted):
+        assert sizes == {task: sum(shares) for task, shares in ways[way].items()}
+        found = outcomes.load(tmp_path / "run", way, key)
+        assert found.metrics() == wanted[key].metrics()  # to the last digit
+        for name, array in wanted[key].arrays.items():
             np.testing.assert_array_equal(found.arrays[name], array)
