@@ -303,6 +303,7 @@ def measure_on_two_ranks(quick: bool) -> dict[str, list[float]]:
 def run_rank(result: Path, quick: bool) -> None:
     """One of the two ranks: engines with and without experts take turns; CPU seconds of both ranks count."""
     from ufo_ds.parallel import config as configs
+    from ufo_ds.parallel import ranks
     from ufo_ds.parallel.engine import Engine
     from ufo_ds.parallel.launch import finish_distributed, init_distributed
 
@@ -321,7 +322,7 @@ def run_rank(result: Path, quick: bool) -> None:
             batch = make_batch(images, recipe, i, engine.positions())
             backward = seconds(lambda: engine.backward(batch))
             update = seconds(lambda: engine.update(1e-3))
-            everyone = engine.from_all((backward, backward + update))
+            everyone = ranks.from_all((backward, backward + update))
             return sum(t for t, _ in everyone), sum(t for _, t in everyone)
 
         step(0)

@@ -255,10 +255,11 @@ def _measure(
     found: dict[str, Outcomes],
     models: dict[str, tuple[str, Path]],
 ) -> tuple[list[tuple[Path, Calibration]], list[str]]:
-    """Thresholds of each task by its first benchmark that has pairs, a list of them before what searches; and why there
-    are none of some."""
+    """Thresholds of each task by its first benchmark whose pairs support them, lists of pairs before what searches; and
+    why there are none of some tasks."""
     measured, problems = [], []
     for task in recipe.tasks if fars else []:
+        refusals = []
         for benchmark in sorted(task.benchmarks, key=lambda b: b.protocol != "verification"):
             key = f"{task.name}/{benchmark.name}"
             pairs = benchmarks.pairs(benchmark, images[task.name], predictions[task.name], found[key])
@@ -272,10 +273,12 @@ def _measure(
                     thresholds=[thresholds.choose(*pairs, far) for far in fars],
                 )  # fmt: skip
             except UserError as error:
-                problems.append(f"{key}: {error}")
+                refusals.append(f"{key}: {error}")
             else:
                 measured.append((path, calibration))
-            break
+                break
+        else:
+            problems += refusals
     if fars and not measured and not problems:
         problems.append("--far needs a benchmark of pairs or one that searches, and those evaluated are neither")
     return measured, problems
