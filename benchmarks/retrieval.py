@@ -27,6 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -180,10 +181,10 @@ def measure_memory(name: str, size: tuple[int, int, int], queries: int, dimensio
     with tempfile.TemporaryDirectory() as directory:
         gallery = side("gallery", size[1], size[2], dimensions, Path(directory))
         if name == "sop":
-            work = lambda: recall.evaluate(gallery[0], gallery[1])  # noqa: E731
+            work = partial(recall.evaluate, gallery[0], gallery[1])
         else:
             query = side("query", queries, size[2], dimensions, Path(directory))
-            work = lambda: retrieval.evaluate(*query, *gallery)  # noqa: E731
+            work = partial(retrieval.evaluate, *query, *gallery)
         start = time.perf_counter()
         peak = peak_gib(work)
         took = time.perf_counter() - start

@@ -56,7 +56,7 @@ class Subject:
         classes: per task, the names behind the logits.
         step: of the training; None where that is not known.
         keep: where what is found goes; None for a checkpoint outside of its run.
-        open: loads a task's model onto a device.
+        open: loads a task's model.
     """
 
     what: str
@@ -64,7 +64,7 @@ class Subject:
     classes: dict[str, list[str]]
     step: int | None
     keep: Path | None
-    open: Callable[[str, str], TaskModel]
+    open: Callable[[str], TaskModel]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--far {far:g}: give a rate between 0 and 1, such as 0.001")
     if adopt_environment() > 1:
         init_distributed()
-    subject = _subject(options.run, options.last)
+    subject = _subject(options.run, options.last, options.device)
     recipe = _evaluated(subject, options)
     images = open_images(recipe)
     left_out = overlap.left_out(options.audit, subject.recipe, recipe) if options.audit else {}
@@ -124,12 +124,11 @@ def main(argv: list[str] | None = None) -> None:
         finish_distributed()
 
 
-def _subject(path: Path, last: bool) -> Subject:
+def _subject(path: Path, last: bool, device: str) -> Subject:
     if is_dense_model(path):
-        model = open_model(path)
+        model = open_model(path, device=device)
         classes = {model.task: model.classes}
-        opened = partial(open_model, path)
-        return Subject(str(path), model.recipe, classes, None, path, opened)
+        return Subject(str(path), model.recipe, classes, None, path, lambda task: model)
     reader = checkpoint.Reader(checkpoint.of_run(path, "last" if last else "best"))
     reader.verify()
     checkpoints = reader.directory.resolve().parent
@@ -139,7 +138,7 @@ def _subject(path: Path, last: bool) -> Subject:
         reader.index.classes,
         reader.index.step,
         checkpoints.parent if checkpoints.name == "checkpoints" else None,
-        partial(task_model, reader, path),
+        partial(task_model, reader, path, device=device),
     )
 
 
@@ -209,7 +208,7 @@ def _predict(
     """
     models = {}
     for name, mine in images.items():
-        model = subject.open(name, options.device)
+        model = subject.open(name)
         models[name] = model.fingerprint, model.calibration
         predict(
             model.forward,
