@@ -6,10 +6,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTModel
 
 from ufo_ds import recipe_file
+from ufo_ds.model.cost import head_cost, path_cost, supernet_parameters
 from ufo_ds.model.dense import is_stock, vit_config
 from ufo_ds.model.hub import UfoViTModel
 from ufo_ds.model.supernet import Supernet
-from ufo_ds.subnets.cost import head_cost, path_cost, supernet_parameters
 
 
 @pytest.mark.parametrize("name", ["demo", "open_small", "allinone_vit_l", "ufo2_17b"])

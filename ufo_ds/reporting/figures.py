@@ -12,10 +12,10 @@ import numpy as np
 import yaml
 
 from ufo_ds.evaluation import statistics
+from ufo_ds.model.cost import head_cost, path_cost, supernet_parameters
 from ufo_ds.reporting import details
 from ufo_ds.reporting.pictures import Pictures
 from ufo_ds.reporting.runs import Evaluated, Run
-from ufo_ds.subnets.cost import head_cost, path_cost, supernet_parameters
 
 Values = dict[str, Any]
 AllPictures = Mapping[tuple[int, str], Pictures]  # by number of the run and task/benchmark
