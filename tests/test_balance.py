@@ -11,7 +11,7 @@ import torch
 from tests.test_mixing import linear_task, make_shards, margin_task
 from ufo_ds.data.mixing import Batches, loader, one_of_each
 from ufo_ds.data.source import TrainSource
-from ufo_ds.parallel.placement import place
+from ufo_ds.parallel.placement import Work, place
 from ufo_ds.recipe import Balance
 from ufo_ds.training.balance import Phases, counts_of, rates_of, slowness_of
 
@@ -127,7 +127,7 @@ def test_batches_hold_each_task_step_once_whatever_the_split(sources: dict[str, 
     held = {task: [len(phases.task_steps(step, task)) for step in range(steps)] for task in tasks}
     assert held == {"glyphs": [1, 1, 1, 1, 0, 1, 1, 1, 2, 2, 2], "person": [1, 1, 1, 1, 1, 2, 1, 2, 0, 1, 0]}
     for accumulation, world_size, ep_size in ((1, 1, 1), (1, 2, 2), (2, 4, 2), (4, 3, 1), (2, 1, 1)):
-        placement = place(tasks, world_size, ep_size)
+        placement = place({task: Work(1, 1) for task in tasks}, world_size, ep_size)
         ranks = [
             Batches(sources, partial(placement.owned, rank), accumulation, phases.task_steps)
             for rank in range(world_size)

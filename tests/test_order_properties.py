@@ -15,7 +15,7 @@ from ufo_ds.data.mixing import Batch, Batches, TaskSteps, in_turn, loader, one_o
 from ufo_ds.data.sampling import WindowOrder
 from ufo_ds.data.shards import ShardSet
 from ufo_ds.data.source import TrainSource
-from ufo_ds.parallel.placement import place
+from ufo_ds.parallel.placement import Work, place
 from ufo_ds.recipe_task import Augment
 from ufo_ds.training.balance import Phases
 
@@ -53,7 +53,8 @@ class Split:
 
     def batches(self, sources: dict[str, TrainSource], task_steps: TaskSteps = one_of_each) -> list[Batches]:
         """Of every rank."""
-        placement = place(list(sources), self.ranks, self.ep_size)
+        work = {name: Work(source.task.samples_per_step, 1) for name, source in sources.items()}
+        placement = place(work, self.ranks, self.ep_size)
         reads = placement.owned if self.exchange == "aligned" else placement.read_evenly
         return [Batches(sources, partial(reads, rank), self.accumulation, task_steps) for rank in range(self.ranks)]
 

@@ -16,7 +16,7 @@ from ufo_ds import recipe_file
 from ufo_ds.data.ratios import largest_remainder, with_counts
 from ufo_ds.data.source import TrainSource
 from ufo_ds.errors import UserError
-from ufo_ds.parallel.placement import place
+from ufo_ds.parallel.placement import Work, place
 from ufo_ds.recipe import Recipe
 from ufo_ds.training.run_directory import resume_from
 from ufo_ds.training.split_table import split_table
@@ -185,9 +185,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainSource]:
 
 
 def table(sources: dict[str, TrainSource], ranks: int, ep: int, exchange: str, gas: int, workers: int) -> list[str]:
-    placement = place(list(sources), ranks, ep)
-    read: Callable = placement.owned if exchange == "aligned" else placement.read_evenly
     samples = {name: source.task.samples_per_step // gas for name, source in sources.items()}
+    placement = place({name: Work(count, 1) for name, count in samples.items()}, ranks, ep)
+    read: Callable = placement.owned if exchange == "aligned" else placement.read_evenly
     return split_table(sources, placement, [read(rank, samples) for rank in range(ranks)], gas, workers)
 
 
@@ -206,6 +206,9 @@ def test_tables(sources: dict[str, TrainSource]) -> None:
         "(glyphs: 3)",
     ]
     lines = table(sources, 16, 2, "aligned", 1, 0)
-    assert lines[1].endswith("  6 ranks of 2-14: 1 each")  # 6 samples for the 8 ranks with the task
+    assert lines[1].endswith("  ranks 0, 2 .. 10: 1 each")  # 6 samples for the 8 ranks with the task
     assert lines[2].endswith("  ranks 1, 3 .. 15: 1 to 2 each")
     assert lines[-1] == "images are loaded between steps (data.workers 0)"
+    lines = table(sources, 16, 1, "aligned", 1, 0)
+    assert lines[1].endswith("  6 ranks of 0-15: 1 each")  # 12 to 15, then 0 and 1
+    assert lines[2].endswith("  ranks 0-11: 1 each")

@@ -91,6 +91,8 @@ def test_four_ranks(tmp_path):
         case(4, 3, "layer", "frozen", tasks=3),
         case(2, 2, "input", "frozen", tasks=3, optimizer="lars"),
         case(2, 3, tasks=3, batches="isomorphic"),
+        case("auto", 3, "input"),  # not even on any two or four ranks: all tasks everywhere
+        case(2, 3, "input"),
         case(2, 3, batches="balanced"),  # in every step a task with twice its samples and another with none
     ]
     check(4, cases, tmp_path)

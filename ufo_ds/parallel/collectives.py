@@ -46,13 +46,13 @@ def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: di
 
 
 class RankGroup(HolderGroup):
-    """The ranks that hold a task's head and samples.
+    """The ranks that hold a task's head and samples; with the part ``first`` those begin that have one sample more.
 
     Gradients of the collectives are summed over the ranks, as if one process had computed the sum of all losses.
     """
 
-    def __init__(self, group: dist.ProcessGroup):
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup, first: int = 0):
+        self.group, self.first = group, first
         self.size, self.part = dist.get_world_size(group), dist.get_rank(group)
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class RankGroup(HolderGroup):
         return y
 
     def counts(self, total: int) -> list[int]:
-        return [len(share(range(total), self.size, part)) for part in range(self.size)]
+        return [len(share(range(total), self.size, part, self.first)) for part in range(self.size)]
 
     def gathered_counts(self, x: Tensor) -> list[int]:
         counts = torch.zeros(self.size, dtype=torch.int64, device=x.device)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from ufo_ds.errors import UserError
-from ufo_ds.parallel.placement import largest_ep_size
 from ufo_ds.recipe import Recipe
 
 EXCHANGES = ("aligned", "input", "layer")
@@ -35,11 +34,20 @@ class DistributedConfig:
     """``deepspeed`` is what ``deepspeed.initialize`` gets."""
 
     deepspeed: dict[str, Any]
-    ep_size: int
+    ep_size: int | None  # None: by load, once samples and classes of all tasks are known
     exchange: str
     accumulation: int
     stage: int
     precision: str  # in words
+
+
+def decides_by_size(zero: dict[str, Any], largest: int) -> list[str]:
+    """The keys of ``zero_optimization`` whose values have ZeRO decide by the sizes of parameters; ``largest``: elements
+    of all parameters of a rank. (``sub_group_size`` matters only by the number of sub-groups.)"""
+    keys = [key for key in _SIZE_BLIND if key.startswith("stage3_") and zero["stage"] == 3]
+    found = [key for key in keys if zero[key] != _SIZE_BLIND[key]]
+    bucket = zero.get("reduce_bucket_size", "auto")
+    return found + (["reduce_bucket_size"] if bucket != "auto" and bucket < largest else [])
 
 
 def load(path: str) -> dict[str, Any]:
@@ -101,10 +109,9 @@ def resolve(values: dict[str, Any], source: str, recipe: Recipe, world_size: int
         raise UserError(f"{source}: fp16.enabled is true: use bf16, loss scaling is not supported")
 
     experts = values.pop("expert_parallel", {})
-    ep_size = _positive(
-        take(experts, "autoep_size", largest_ep_size(len(recipe.tasks), world_size)), "autoep_size", source
-    )
-    if world_size % ep_size:
+    # Where a step trains one task alone only ranks that all have it share its work.
+    ep_size = take(experts, "autoep_size", 1 if recipe.data.batches == "isomorphic" else None)
+    if ep_size is not None and world_size % _positive(ep_size, "autoep_size", source):
         raise UserError(
             f"{source}: expert_parallel.autoep_size {ep_size} does not divide the {world_size} ranks: "
             'use a divisor, or "auto"'

@@ -12,6 +12,7 @@ from deepspeed.utils import groups, safe_get_full_fp32_param, set_z3_leaf_module
 from torch import Tensor
 
 from ufo_ds.data.mixing import Batch, Positions
+from ufo_ds.errors import UserError
 from ufo_ds.evaluation.features import FeatureFiles, TaskImages, predict
 from ufo_ds.model.heads import LOSSES, TaskHead
 from ufo_ds.model.parameters import check_rules, unused, update_rule
@@ -19,10 +20,10 @@ from ufo_ds.model.supernet import Pretrained, Supernet, init_weights
 from ufo_ds.parallel import ranks
 from ufo_ds.parallel.averages import BufferAverages, averaged
 from ufo_ds.parallel.batches import exchange_samples
-from ufo_ds.parallel.config import DistributedConfig
+from ufo_ds.parallel.config import DistributedConfig, decides_by_size
 from ufo_ds.parallel.experts import mark_experts, parallelize
 from ufo_ds.parallel.optimizers import OPTIMIZERS
-from ufo_ds.parallel.placement import place
+from ufo_ds.parallel.placement import place, work_of
 from ufo_ds.parallel.shards import parameter_slices
 from ufo_ds.recipe import Recipe
 
@@ -46,9 +47,10 @@ class Engine:
     ):
         self.recipe, self.config = recipe, config
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.placement = place([task.name for task in recipe.tasks], self.world_size, config.ep_size)
-        self.samples = {task.name: task.samples_per_step // config.accumulation for task in recipe.tasks}
-        groups._create_expert_and_data_parallel(config.ep_size)
+        self.work = work_of(recipe, num_classes, config.accumulation)
+        self.placement = place(self.work, self.world_size, config.ep_size)
+        self.samples = {task: work.samples for task, work in self.work.items()}
+        groups._create_expert_and_data_parallel(self.placement.ep_size)
         if any(task.head.sharded for task in recipe.tasks):
             groups._create_expert_and_data_parallel(self.world_size)  # a group for each rank alone
         with torch.device("meta"):
@@ -97,22 +99,36 @@ class Engine:
         return [{"params": found[name], "name": name, "moe": name != "shared"} for name in sorted(found)]
 
     def _assert_alike(self) -> None:
-        """Ranks that differ in the number of modules, parameter groups or sub-groups would hang in a collective."""
+        """Ranks that differ in what they have collectives over would wait for each other, at some step, for ever.
+
+        Raises:
+            UserError: by values of the DeepSpeed JSON they would.
+        """
         optimizer = self.deepspeed.optimizer
-        mine: list[Any] = [
-            len(list(self.model.modules())),
-            len(list(self.model.parameters())),
-            len(optimizer.param_groups),
-        ]
-        if self.config.stage == 3:
-            zero = self.config.deepspeed["zero_optimization"]
-            mine.append(len(optimizer.fp16_groups))
-            if zero["stage3_prefetch_bucket_size"]:
-                parameters: list[Any] = list(self.model.parameters())
-                mine.append([int(p.ds_numel) for p in parameters])
-        everyone = ranks.from_all(mine)
-        if any(other != everyone[0] for other in everyone):
-            raise RuntimeError(f"ranks differ in modules, parameters, groups, sub-groups or sizes: {everyone}")
+        sizes = [int(getattr(p, "ds_numel", p.numel())) for p in self.model.parameters()]
+        counts = {
+            "modules": len(list(self.model.modules())),
+            "parameters": len(sizes),
+            "parameter groups": len(optimizer.param_groups),
+            "sub-groups": len(optimizer.fp16_groups) if self.config.stage == 3 else 0,
+        }
+        everyone = ranks.from_all((counts, sum(sizes), hash(tuple(sizes))))
+        numbers = {key: sorted({of_rank[0][key] for of_rank in everyone}) for key in counts}
+        zero = self.config.deepspeed["zero_optimization"]
+        if len(of_all := numbers.pop("sub-groups")) > 1:
+            raise UserError(
+                f"zero_optimization.sub_group_size {zero['sub_group_size']} of the DeepSpeed JSON: ranks hold "
+                f"parameters of different sizes and would have {of_all[0]} to {of_all[-1]} sub-groups, but need "
+                f'equally many: use "auto"'
+            )
+        if any(len(of_all) > 1 for of_all in numbers.values()):
+            raise RuntimeError(f"ranks differ in their numbers of modules, parameters or groups: {numbers}")
+        if len({of_rank[2] for of_rank in everyone}) > 1:
+            for key in decides_by_size(zero, max(of_rank[1] for of_rank in everyone)):
+                raise UserError(
+                    f"zero_optimization.{key} {zero[key]} of the DeepSpeed JSON: it goes by the sizes of parameters, "
+                    f'and ranks hold parameters of different sizes: use "auto"'
+                )
 
     # --- steps ----------------------------------------------------------------------------------------------------
 

@@ -113,13 +113,13 @@ class ExpertParallelHeads(_ExpertParallel):
 
     def __init__(self, modules: nn.ModuleDict, placement: Placement, rank: int, exchange: LayerExchange | None):
         super().__init__(modules, placement, rank, exchange)
-        holders = RankGroup(groups._get_expert_data_parallel_group(self.ep_group_name))
+        holders = groups._get_expert_data_parallel_group(self.ep_group_name)
         wanted = {name for name, head in modules.items() if isinstance(head, TaskHead) and head.options.sharded}
         sharded = sharded_slots(placement, wanted)
         for i, slot in enumerate(self.slots):
             head = getattr(self, slot)
             assert isinstance(head, TaskHead)
-            head.set_group(holders, sharded=i in sharded)
+            head.set_group(RankGroup(holders, placement.first.get(slot, 0)), sharded=i in sharded)
 
     def forward(
         self,

@@ -2,18 +2,39 @@
 
 The expert-parallel groups are runs of ``ep_size`` consecutive ranks; each group holds every task once, its copies in
 the other groups share their gradients and, under ZeRO, their memory (DeepSpeed's expert-data-parallel group).
+
+A placement is not part of a checkpoint, and which samples a task draws does not depend on it.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from ufo_ds.model.cost import head_cost, path_cost
+from ufo_ds.parallel.partition import EVEN, partition
+from ufo_ds.recipe import Recipe
+
+PRECISION = 100_000  # of loads, parts of the whole
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a task has to do: ``samples`` of a global micro-batch, ``flops`` of one of them."""
+
+    samples: int
+    flops: int
 
 
 @dataclass(frozen=True)
 class Placement:
-    """``tasks_of[e]`` are the tasks of expert-parallel rank e; all ranks have ``slots`` slots, some of them empty."""
+    """``tasks_of[e]`` are the tasks of expert-parallel rank e; all ranks have ``slots`` slots, some of them empty.
+
+    ``first[task]`` is the replica with which the parts of the task's samples that are one longer begin.
+    """
 
     world_size: int
     ep_size: int
     tasks_of: tuple[tuple[str, ...], ...]
+    first: Mapping[str, int]
 
     @property
     def slots(self) -> int:
@@ -38,34 +59,92 @@ class Placement:
         """The task whose modules an empty slot mirrors: the one in this slot of the fullest rank."""
         return max(self.tasks_of, key=len)[slot]
 
-    def owned(self, rank: int, samples: dict[str, int]) -> dict[str, range]:
+    def owned(self, rank: int, samples: Mapping[str, int]) -> dict[str, range]:
         """Positions in each task's global micro-batch (``samples`` of it) that this rank trains on."""
-        parts, part = self.replicas, self.replica(rank)
-        return {task: share(range(samples[task]), parts, part) for task in self.tasks_of[self.ep_rank(rank)]}
+        return {task: self._of_replica(rank, task, samples[task]) for task in self.tasks_of[self.ep_rank(rank)]}
 
-    def read_evenly(self, rank: int, samples: dict[str, int]) -> dict[str, range]:
+    def read_evenly(self, rank: int, samples: Mapping[str, int]) -> dict[str, range]:
         """The same where each rank of a group reads a part of every task and the samples then move to their owners."""
-        positions = {}
+        positions, first = {}, 0
         for task in self.tasks:
-            group = share(range(samples[task]), self.replicas, self.replica(rank))
-            positions[task] = share(group, self.ep_size, self.ep_rank(rank))
+            group = self._of_replica(rank, task, samples[task])
+            positions[task] = share(group, self.ep_size, self.ep_rank(rank), first)
+            first = (first + len(group)) % self.ep_size
         return positions
 
-
-def share(positions: range, parts: int, part: int) -> range:
-    """The part-th of ``parts`` neighbouring ranges of nearly equal length."""
-    return positions[len(positions) * part // parts : len(positions) * (part + 1) // parts]
+    def _of_replica(self, rank: int, task: str, samples: int) -> range:
+        return share(range(samples), self.replicas, self.replica(rank), self.first[task])
 
 
-def place(tasks: list[str], world_size: int, ep_size: int) -> Placement:
-    """Spread tasks over the expert-parallel ranks in their order, numbers as equal as can be; ``ep_size`` divides
-    ``world_size`` (:func:`ufo_ds.parallel.config.resolve` sees to it)."""
-    everyone = range(len(tasks))
-    return Placement(
-        world_size, ep_size, tuple(tuple(tasks[i] for i in share(everyone, ep_size, e)) for e in range(ep_size))
-    )
+def share(positions: range, parts: int, part: int, first: int = 0) -> range:
+    """The part-th of ``parts`` neighbouring ranges. Some are one longer: so many in a row, round the end, beginning
+    with the ``first``."""
+    each, longer = divmod(len(positions), parts)
+    end = first + longer
+
+    def before(k: int) -> int:
+        return k * each + max(0, min(k, end) - first) + max(0, min(k, end - parts))
+
+    return positions[before(part) : before(part + 1)]
 
 
-def largest_ep_size(num_tasks: int, world_size: int) -> int:
-    """What ``"auto"`` means: the largest divisor of the number of ranks that leaves no rank without a task."""
-    return max(size for size in range(1, min(num_tasks, world_size) + 1) if world_size % size == 0)
+def work_of(recipe: Recipe, num_classes: Mapping[str, int], accumulation: int) -> dict[str, Work]:
+    """What each task of a micro-batch costs: forward FLOPs of a dense path and of the head, sampled negatives counted
+    by their number on average. A backward pass has twice as many, and probes of learned routes a part of as many, for
+    all tasks."""
+    backbone = recipe.model.backbone
+    work = {}
+    for task in recipe.tasks:
+        head = head_cost(task, backbone.dim, num_classes[task.name]).flops
+        flops = path_cost(backbone, task.input).flops + round(head * task.head.sampled_negatives)
+        work[task.name] = Work(task.samples_per_step // accumulation, flops)
+    return work
+
+
+def place(work: Mapping[str, Work], world_size: int, ep_size: int | None) -> Placement:
+    """Choose which tasks share an expert-parallel rank, by :func:`ufo_ds.parallel.partition.partition`: so that all
+    ranks have as much to do, to 2%, and the fullest few slots, for every rank holds, gathers and reduces as many.
+
+    Without an ``ep_size`` it is the largest divisor of the number of ranks that leaves none more than 2% above the
+    mean; 1, where every rank has all tasks, always does. The largest has the fewest slots: least memory for experts at
+    ZeRO stages 1 and 2, least to gather and keep gathered at stage 3, and most samples of a task at once. What a rank
+    stores of experts at stage 3 is ``slots x ep_size / world_size`` dense paths, for all sizes the same but for empty
+    slots.
+
+    Args:
+        work: of every task, in the recipe's order.
+        ep_size: a divisor of ``world_size``.
+    """
+    tasks, total = list(work), sum(of_task.samples * of_task.flops for of_task in work.values())
+    # Rounded, so that tasks that differ in some classes of their heads only are equal, and the search is short.
+    loads = [round(of_task.samples * of_task.flops / total * PRECISION) for of_task in work.values()]
+    parts = _most_parts(loads, world_size) if ep_size is None else partition(loads, ep_size)
+    replicas = world_size // len(parts)
+    first: dict[str, int] = {}
+    for part in parts:  # where replicas do not divide a task's samples, those left over are dealt in turn
+        turn = 0
+        for i in part:
+            first[tasks[i]] = turn
+            turn = (turn + work[tasks[i]].samples) % replicas
+    return Placement(world_size, len(parts), tuple(tuple(tasks[i] for i in part) for part in parts), first)
+
+
+def _most_parts(loads: Sequence[int], world_size: int) -> list[list[int]]:
+    """The partition into as many parts as divide the ranks and are even."""
+    for size in (size for size in range(world_size, 1, -1) if world_size % size == 0):
+        bound = EVEN * sum(loads) / size
+        if max(loads) <= bound:
+            parts = partition(loads, size)
+            if max(sum(loads[i] for i in part) for part in parts) <= bound:
+                return parts
+    return partition(loads, 1)
+
+
+def imbalance(placement: Placement, work: Mapping[str, Work]) -> float:
+    """The largest load of a rank over the mean of all."""
+    samples = {task: of_task.samples for task, of_task in work.items()}
+    loads = [
+        sum(len(positions) * work[task].flops for task, positions in placement.owned(rank, samples).items())
+        for rank in range(placement.world_size)
+    ]
+    return max(loads) * len(loads) / sum(loads)

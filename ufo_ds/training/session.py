@@ -15,6 +15,7 @@ from ufo_ds.parallel import checkpoint, ranks
 from ufo_ds.parallel.config import DistributedConfig
 from ufo_ds.parallel.engine import Engine
 from ufo_ds.parallel.launch import finish_distributed, init_distributed, is_lost_rank
+from ufo_ds.parallel.placement import imbalance
 from ufo_ds.recipe import Recipe
 from ufo_ds.training.loop import Trainer
 from ufo_ds.training.run_directory import RunDirectory, resume_from
@@ -91,7 +92,7 @@ def _announce(engine: Engine, sources: dict[str, TrainSource], run_dir: Path, st
     print(
         f"{engine.world_size} ranks, expert parallel {placement.ep_size} x data parallel {placement.replicas}, "
         f"ZeRO-{config.stage}, {config.precision}, exchange {config.exchange}, "
-        f"gradient accumulation {config.accumulation}"
+        f"gradient accumulation {config.accumulation}, busiest rank {imbalance(placement, engine.work):.3f} of the mean"
     )
     reads = [engine.reads_of(rank)(engine.samples) for rank in range(engine.world_size)]
     for line in split_table(sources, placement, reads, config.accumulation, recipe.data.workers):
