@@ -167,7 +167,7 @@ def test_batches_hold_each_task_step_once_whatever_the_split(sources: dict[str, 
 
 def test_rate_one_is_the_ordinary_mixture(sources: dict[str, TrainSource]) -> None:
     phases = Phases(3, [dict.fromkeys(sources, 3)] * 3)
-    positions = partial(place(list(sources), 2, 1).owned, 1)
+    positions = partial(place({task: Work(1, 1) for task in sources}, 2, 1).owned, 1)
     plain = Batches(sources, positions, 2, one_of_each)
     balanced = pickle.loads(pickle.dumps(Batches(sources, positions, 2, phases.task_steps)))  # reaches workers
     for wanted, found in zip(loader(plain, 0, 18, 0, pin=False), loader(balanced, 0, 18, 1, pin=False), strict=True):
