@@ -7,8 +7,10 @@ rows. They cost what the fullest rank's cost, and it sets the memory of the job 
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +18,7 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from ufo_ds.model.classifiers import parts
+from ufo_ds.model.classifiers import HolderGroup, parts
 from ufo_ds.model.experts import RoutedUnit, TaskExperts
 from ufo_ds.model.heads import Mix, Moment, Outputs, TaskHead, TaskHeads
 from ufo_ds.model.packing import Segment, concatenate, overlap, split
@@ -111,15 +113,17 @@ class ExpertParallelHeads(_ExpertParallel):
     over parameters that are spread differently would not meet. What a head computes does not depend on it.
     """
 
-    def __init__(self, modules: nn.ModuleDict, placement: Placement, rank: int, exchange: LayerExchange | None):
+    def __init__(
+        self, modules: nn.ModuleDict, placement: Placement, rank: int, exchange: LayerExchange | None,
+        holders: Callable[[int], HolderGroup],
+    ):  # fmt: skip
         super().__init__(modules, placement, rank, exchange)
-        holders = groups._get_expert_data_parallel_group(self.ep_group_name)
         wanted = {name for name, head in modules.items() if isinstance(head, TaskHead) and head.options.sharded}
         sharded = sharded_slots(placement, wanted)
         for i, slot in enumerate(self.slots):
             head = getattr(self, slot)
             assert isinstance(head, TaskHead)
-            head.set_group(RankGroup(holders, placement.first.get(slot, 0)), sharded=i in sharded)
+            head.set_group(holders(placement.first.get(slot, 0)), sharded=i in sharded)
 
     def forward(
         self,
@@ -170,13 +174,24 @@ def sharded_slots(placement: Placement, sharded: set[str]) -> set[int]:
     return {i for tasks in placement.tasks_of for i, task in enumerate(tasks) if task in sharded}
 
 
-def parallelize(model: Supernet, placement: Placement, rank: int, samples: dict[str, int], exchange: str) -> Supernet:
+def parallelize(
+    model: Supernet,
+    placement: Placement,
+    rank: int,
+    samples: dict[str, int],
+    exchange: str,
+    holders: Callable[[int], HolderGroup] | None = None,
+) -> Supernet:
     """Replace the expert layers of a model (on the meta device) by this rank's part of them.
 
     Args:
         samples: size of each task's global micro-batch.
         exchange: ``aligned`` or ``input`` (rows are where their experts are), or ``layer``.
+        holders: the ranks that hold a task of this rank, by :attr:`Placement.first` of it; default: those of the job
+            that this process is in.
     """
+    if holders is None:
+        holders = partial(RankGroup, groups._get_expert_data_parallel_group(f"ep_size_{placement.ep_size}"))
     layer_exchange = None
     if exchange == "layer" and placement.ep_size > 1:
         first = placement.replica(rank) * placement.ep_size
@@ -187,8 +202,21 @@ def parallelize(model: Supernet, placement: Placement, rank: int, samples: dict[
         if isinstance(module, RoutedUnit) and isinstance(module.own, TaskExperts):
             module.own = ExpertParallelUnits(module.own, placement, rank, layer_exchange)
     assert isinstance(model.heads, TaskHeads)
-    model.heads = ExpertParallelHeads(model.heads, placement, rank, layer_exchange)
+    model.heads = ExpertParallelHeads(model.heads, placement, rank, layer_exchange, holders)
     return model
+
+
+def expert_sizes(model: nn.Module, world_size: int) -> dict[str, int]:
+    """The experts among the parameters, by name, and over how many ranks different ones are spread; ``world_size`` /
+    that many ranks share each."""
+    sizes = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, _ExpertParallel):
+            spread = parts(module)
+            for name, _ in module.named_parameters():
+                # A part of a classifier is on this rank alone, like an expert of as many ranks as there are.
+                sizes[f"{prefix}.{name}"] = world_size if name in spread else module.ep_size
+    return sizes
 
 
 def mark_experts(model: nn.Module) -> None:
@@ -196,14 +224,13 @@ def mark_experts(model: nn.Module) -> None:
 
     To be called on real parameters: moving a model from the meta device replaces them.
     """
-    for module in model.modules():
-        if isinstance(module, _ExpertParallel):
-            partial = parts(module)
-            for name, parameter in module.named_parameters():
-                # A part of a classifier is on this rank alone, like an expert of as many ranks as there are.
-                group_name = f"ep_size_{dist.get_world_size()}" if name in partial else module.ep_group_name
-                parameter.allreduce = False
-                parameter.group_name = group_name
-                parameter.ds_zero_placement_family = "autoep_expert"
-                parameter.ds_zero_partition_group_name = group_name
-                parameter.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(group_name)
+    sizes = expert_sizes(model, dist.get_world_size())
+    parameter: Any  # with DeepSpeed's attributes
+    for name, parameter in model.named_parameters():
+        if name in sizes:
+            group_name = f"ep_size_{sizes[name]}"
+            parameter.allreduce = False
+            parameter.group_name = group_name
+            parameter.ds_zero_placement_family = "autoep_expert"
+            parameter.ds_zero_partition_group_name = group_name
+            parameter.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(group_name)

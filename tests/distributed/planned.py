@@ -1,0 +1,183 @@
+"""What engines hold and send beside what a plan says of them; started by torchrun, many cases in a launch.
+
+    torchrun --nproc_per_node 2 tests/distributed/planned.py CASES.json RESULTS.json
+
+Of every case the result holds, by rank, pairs (planned, found) of bytes: of memory as tensors of the engine and of
+DeepSpeed, of traffic as seen by torch's collectives in one step, by the formulas of ``ufo_ds.parallel.traffic``.
+"""
+
+import inspect
+import json
+import sys
+from collections import Counter
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+SENT: Counter = Counter()
+
+
+def count_collectives() -> None:
+    """Wrap torch's functions; DeepSpeed takes hold of them when the job begins."""
+
+    def wrap(name: str, kind: str, sent) -> None:
+        function = getattr(dist, name)
+        parameters = inspect.signature(function)
+
+        def counted(*args, **kwargs):
+            SENT[kind] += sent(parameters.bind(*args, **kwargs).arguments)
+            return function(*args, **kwargs)
+
+        setattr(dist, name, counted)
+
+    def ring(whole: str, times: int = 1):
+        def sent(arguments: dict) -> float:
+            tensor, size = arguments[whole], dist.get_world_size(arguments.get("group"))
+            # Single numbers are what plans do not count: norms, flags, counts.
+            return tensor.nbytes * (size - 1) / size * times if tensor.numel() > 1 else 0.0
+
+        return sent
+
+    def direct(arguments: dict) -> float:
+        rows = arguments["input_split_sizes"]
+        mine = rows[dist.get_rank(arguments["group"])]
+        return arguments["input"].nbytes * (sum(rows) - mine) / sum(rows) if sum(rows) else 0.0
+
+    wrap("all_reduce", "all-reduce", ring("tensor", 2))
+    wrap("all_gather_into_tensor", "all-gather", ring("output_tensor"))
+    wrap("reduce_scatter_tensor", "reduce-scatter", ring("input"))
+    wrap("all_to_all_single", "all-to-all", direct)
+    for name in ("all_gather", "reduce_scatter", "broadcast", "reduce", "all_to_all"):
+        wrap(name, name, lambda arguments: 1)  # not expected in a step
+
+
+if __name__ == "__main__":
+    count_collectives()
+
+from tests.distributed.equality import (  # noqa: E402
+    CLASSES,
+    MANY_CLASSES,
+    global_batch,
+    make_recipe,
+    part_of,
+    start_value,
+)
+from ufo_ds.checkpoint import AVERAGE  # noqa: E402
+from ufo_ds.parallel import config as configs  # noqa: E402
+from ufo_ds.parallel.engine import Engine  # noqa: E402
+from ufo_ds.parallel.launch import init_distributed  # noqa: E402
+from ufo_ds.parallel.rank_model import RankModels  # noqa: E402
+from ufo_ds.parallel.traffic import KINDS, rank_traffic  # noqa: E402
+from ufo_ds.parallel.zero_memory import memory, reduction_bucket  # noqa: E402
+
+HELD = ("parameters", "master", "gradients", "reduction_buffer", "optimizer_state", "averages", "buffers")
+
+
+def nbytes(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@contextmanager
+def noted_buckets(optimizer, found: dict):
+    """Of ZeRO-1 and 2 the buckets are there during the backward pass only."""
+    original = optimizer.setup_buckets
+
+    def setup_buckets():
+        original()
+        found["reduction_buffer"] = nbytes(b for bucket in optimizer.ipg_buckets.values() for b in bucket.buffer)
+
+    optimizer.setup_buckets = setup_buckets
+    yield
+    del optimizer.setup_buckets
+
+
+def held(engine: Engine, batches, rate: float) -> dict[str, int]:
+    """After a step, and gradients at its end."""
+    zero, found = engine.deepspeed.optimizer, {}
+    if engine.config.stage == 3:
+        for batch in batches:
+            engine.backward(batch)
+            engine.update(rate)
+        found["parameters"] = nbytes(zero.fp16_partitioned_groups_flat)
+        found["master"] = nbytes(zero.fp32_partitioned_groups_flat)
+        found["gradients"] = nbytes([zero.grad_partitions_flat_buffer])
+        found["reduction_buffer"] = nbytes(bucket.buffer for bucket in zero.ipg_buckets.values())
+    else:
+        with noted_buckets(zero, found):
+            for batch in batches:
+                engine.backward(batch)
+                if engine.deepspeed.is_gradient_accumulation_boundary():
+                    found["gradients"] = nbytes(g for group in zero.averaged_gradients.values() for g in group)
+                engine.update(rate)
+        found["parameters"] = nbytes(zero.bit16_groups_flat)
+        found["master"] = nbytes(zero.single_partition_of_fp32_groups)
+    states = [(key, t) for state in engine.optimizer.state.values() for key, t in state.items() if torch.is_tensor(t)]
+    found["optimizer_state"] = nbytes(t for key, t in states if key != AVERAGE)
+    found["averages"] = nbytes(t for key, t in states if key == AVERAGE)
+    found["buffers"] = nbytes(engine.model.buffers())
+    return found
+
+
+def run(case: dict) -> dict:
+    recipe = make_recipe(case)
+    classes = {t.name: (MANY_CLASSES if case["sharded"] else CLASSES)[t.name] for t in recipe.tasks}
+    zero = {"stage": case["stage"], **case["zero"]}
+    values = {
+        "gradient_accumulation_steps": case["accumulation"],
+        "zero_optimization": zero,
+        "expert_parallel": {"autoep_size": case["ep"], "exchange": case["exchange"]},
+        "bf16": {"enabled": case["bf16"]},
+        "torch_autocast": {"enabled": case["autocast"], "dtype": "bfloat16"},
+    }
+    config = configs.resolve(values, "planned.py", recipe, dist.get_world_size())
+    engine = Engine(recipe, config, classes, pretrained=start_value)
+    rank, placement = engine.rank, engine.placement
+
+    def batches(step: int):
+        for micro_step in range(case["accumulation"]):
+            whole = global_batch(recipe, step, micro_step, engine.samples, classes)
+            yield part_of(whole, engine.reads(engine.samples))
+
+    found = held(engine, batches(0), recipe.optimizer.lr)
+    for step in (1, 2):
+        engine.step(batches(step), recipe.optimizer.lr)
+    SENT.clear()
+    engine.step(batches(3), recipe.optimizer.lr)
+    sent = dict(SENT)
+
+    models = RankModels(recipe, classes)
+    assert models.placement(dist.get_world_size(), config.ep_size, config.accumulation) == placement
+    everyone = models.of(placement)
+    model = everyone[placement.ep_rank(rank)]
+    planned = memory(model, config, recipe.optimizer, reduction_bucket(config, everyone), 0)
+    traffic = rank_traffic(recipe, config, placement, model, rank, 1)
+    engine.deepspeed.destroy()
+    mine = {
+        "memory": {key: (getattr(planned, key), found[key]) for key in HELD},
+        "traffic": {kind: (traffic.of(kind), sent.pop(kind, 0.0)) for kind in KINDS},
+        "other": sent,
+    }
+    result: list = [None] * dist.get_world_size()
+    dist.all_gather_object(result, mine)
+    return {"case": case, "ranks": result}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    cases_file, results_file = sys.argv[1:3]
+    rank, _ = init_distributed()
+    with open(cases_file) as file:
+        cases = json.load(file)
+    results = []
+    for case in cases:
+        results.append(run(case))
+        if rank == 0:
+            with open(results_file, "w") as file:
+                json.dump(results, file)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

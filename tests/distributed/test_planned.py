@@ -1,0 +1,69 @@
+"""A plan's bytes are those of engines: memory to the byte, traffic within 2% (see planned.py)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_equality import REPOSITORY, STEM
+from tests.distributed.test_equality import case as of_equality
+
+BOUND = 0.02  # |planned - found| / found
+
+
+def case(ep, stage, exchange="aligned", routes="learned", bf16=False, autocast=False, zero=None, **options):
+    values = {"bf16": bf16, "autocast": autocast, "zero": zero or {}}
+    return {**of_equality(ep, stage, exchange, routes, **options), **values}
+
+
+RELEASING = {"stage3_max_reuse_distance": 0}
+CASES = {
+    1: [case(1, 1), case(1, 2, bf16=True, optimizer="adamw"), case(1, 3, optimizer="lamb")],
+    2: [
+        case(1, 1, optimizer="adamw", routes="frozen", accumulation=1),
+        case(2, 1, "layer", routes="frozen", tasks=3),
+        case(1, 2, "aligned", sharded=["a", "c"], last=1),
+        case(2, 2, "input", bf16=True, mixing=True, optimizer="lamb"),
+        case(1, 3, routes="frozen", bf16=True, optimizer="lars"),
+        case(1, 3, zero=RELEASING, accumulation=1, sharded=["b"], sampled=["a"]),
+        case(2, 3, "layer", routes="frozen", optimizer="adamw"),
+        case(2, 3, "input", tasks=3, backbone=STEM, zero={**RELEASING, "sub_group_size": 1000}, bf16=True),
+        case(2, 3, experts=["ffn"], shared_samples=0.2, optimizer="adamw", zero={"reduce_bucket_size": 10**7}),
+        case(2, 1, autocast=True, routes="frozen"),  # DeepSpeed remembers that there was one: the last cases
+        case(2, 3, autocast=True, routes="frozen", zero=RELEASING),
+    ],
+    4: [
+        case(1, 1, tasks=3, bf16=True),
+        case(2, 1, "input", routes="frozen", optimizer="adamw"),
+        case(4, 2, tasks=4, routes="frozen", last=1),
+        case(2, 2, "layer", routes="frozen", accumulation=1, optimizer="lamb"),
+        case(1, 3, tasks=3, optimizer="adamw", routes="frozen"),
+        case(2, 3, bf16=True, sharded=["a"], routes="frozen", zero=RELEASING),
+        case(4, 3, "layer", tasks=4, routes="frozen", bf16=True),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", CASES)
+def test_as_held_and_sent(ranks, tmp_path: Path):
+    (tmp_path / "cases.json").write_text(json.dumps(CASES[ranks]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command += ["tests/distributed/planned.py", str(tmp_path / "cases.json"), str(tmp_path / "results.json")]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [result["case"] for result in results] == CASES[ranks]
+    for result in results:
+        for rank, pairs in enumerate(result["ranks"]):
+            line = f"{ranks} ranks, rank {rank}: {json.dumps(pairs)} of {json.dumps(result['case'])}"
+            for key, (planned, found) in pairs["memory"].items():
+                assert planned == found, f"{key}: {line}"
+            assert pairs["memory"]["parameters"][1] > 0
+            assert not pairs["other"], line
+            for kind, (planned, found) in pairs["traffic"].items():
+                assert abs(planned - found) <= BOUND * found, f"{kind}: {line}"
+            assert ranks == 1 or sum(found for _, found in pairs["traffic"].values()) > 0

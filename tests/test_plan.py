@@ -1,0 +1,84 @@
+"""`ufo plan`: figures that are known otherwise, what would fit, and wrong input."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ufo_ds import plan
+from ufo_ds.errors import run
+
+SHIPPED = ["--recipe", "ufo2_17b", "--deepspeed", "ds_configs/moe_17b.json"]
+
+
+def figures(capsys, *more: str) -> dict:
+    plan.main([*SHIPPED, *more, "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_published_construction(capsys):
+    """27 x 630.9 M parameters; forward and backward pass 1.28 TFLOP an image; all bytes of all ranks are those of the
+    whole model."""
+    found = figures(capsys, "--world_size", "64")
+    assert found["parameters"]["without_heads"] == 27 * found["tasks"]["face"]["path_parameters"]
+    assert found["tasks"]["face"]["path_parameters"] == pytest.approx(630.9e6, rel=1e-4)
+    assert 3 * found["tasks"]["svhn"]["flops_per_image"] == pytest.approx(1.28e12, rel=1e-2)
+    assert found["images_per_step"] == 7168
+    # Every rank has as many slots as the fullest: own copies shared by the ranks that hold them, the shared one by all.
+    slots = max(len(rank["tasks"]) for rank in found["ranks"])
+    copies = found["tasks"]["face"]["path_parameters"] * (slots * found["ep_size"] + 1) / 64
+    largest_head = found["tasks"]["face"]["head_parameters"] * found["ep_size"] / 64
+    for rank in found["ranks"]:
+        assert copies <= rank["memory"]["master"] / 4 <= copies + slots * largest_head
+        assert rank["memory"]["parameters"] * 2 == rank["memory"]["master"]
+
+
+def test_what_fits_fits(capsys, tmp_path):
+    """Where settings do not fit, the remedies do, and half as many ranks as they say do not."""
+    small = ["--gpu", "a100-40", "--world_size"]
+    short = figures(capsys, *small, "32")
+    assert not short["fits"]
+    assert short["what_fits"]
+    for line in short["what_fits"]:
+        key, value = line.split()
+        if key == "--world_size":
+            assert figures(capsys, *small, value)["fits"]
+            assert not figures(capsys, *small, str(int(value) // 2))["fits"]
+        else:
+            values = json.loads(Path("ds_configs/moe_17b.json").read_text())
+            (tmp_path / "ds.json").write_text(json.dumps({**values, key: int(value)}))
+            assert figures(capsys, *small, "32", "--deepspeed", str(tmp_path / "ds.json"))["fits"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--gpu", "v100"], ["'v100'", "h200"]),
+        (["--world_size", "12"], ["12", "--gpus_per_node 8"]),
+        (["--world_size", "many"], ["--world_size", "'many'"]),
+        (["--world_size", "0"], ["--world_size", "'0'"]),
+        (["--recipe", "nothing.yaml"], ["nothing.yaml"]),
+        (["--deepspeed", "nothing.json"], ["nothing.json"]),
+        (["--recipe", "allinone_vit_l", "--deepspeed", "ds_configs/moe.json", "--gradient", "3"], ["--gradient"]),
+    ],
+)
+def test_wrong_input(capsys, more, words):
+    assert run(plan.main, [*SHIPPED, *more]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert all(word in error for word in words), error
+
+
+def test_uncounted_settings_are_refused(capsys, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}))
+    assert run(plan.main, [*SHIPPED, "--deepspeed", str(path)]) == 2
+    assert "offload_optimizer" in capsys.readouterr().err
+
+
+def test_text_is_narrow(capsys):
+    plan.main([*SHIPPED, "--world_size", "32", "--gpu", "a100-40"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert any(line.startswith("DOES NOT FIT") for line in lines)

@@ -1,0 +1,184 @@
+"""Bytes that DeepSpeed 0.19.8 holds on a rank, by its own rules (``runtime/zero/stage3.py``, ``stage_1_and_2.py``).
+
+ZeRO-3 partitions every parameter over its holders, each part rounded up. ZeRO-1 and 2 lay the parameters of a group one
+behind the other, pad the whole to twice the number of holders, and partition that. fp32 partitions are copies in every
+precision.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from ufo_ds.errors import UserError
+from ufo_ds.parallel.config import DistributedConfig
+from ufo_ds.parallel.optimizers import OPTIMIZERS
+from ufo_ds.parallel.rank_model import Held, RankModel
+from ufo_ds.recipe import Optimizer
+from ufo_ds.subnets.activations import FP32, PRECISIONS
+
+ALIGNMENT = 2  # elements, times the number of holders: DeepSpeed's nccl_start_alignment_factor
+# What would change the figures and is not modelled, with the values that change nothing.
+UNCOUNTED: dict[str, tuple[Any, ...]] = {
+    "offload_optimizer": (None,),
+    "offload_param": (None,),
+    "contiguous_gradients": (True,),
+    "reduce_scatter": (True,),
+    "round_robin_gradients": (False,),
+    "parameter_alignment": (False,),
+    "use_multi_rank_bucket_allreduce": (True,),
+    "zero_hpz_partition_size": (1,),
+    "zero_quantized_weights": (False,),
+    "zero_quantized_gradients": (False,),
+    "stage3_param_persistence_threshold": (0,),
+    "zenflow": (None,),
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on a rank. The first seven are there throughout; of the others those of one phase at a time."""
+
+    parameters: int  # as the forward pass sees them
+    master: int  # fp32 partitions
+    gradients: int  # partitions, from the backward pass to the step
+    reduction_buffer: int  # in which gradients are collected before they are reduced
+    optimizer_state: int
+    averages: int
+    buffers: int
+    activations: int  # kept for the backward pass, at its beginning
+    gathered: int  # ZeRO-3: parameters that are whole then, the largest module's included
+    largest_gather: int  # ZeRO-3: of one module
+    whole_gradients: int  # ZeRO-1: of all parameters, before they are reduced
+    reduction_copy: int  # of the gradients that one collective reduces
+    step_copy: int  # of the gradients of one group, in fp32
+
+    @property
+    def resident(self) -> int:
+        return (
+            self.parameters + self.master + self.gradients + self.reduction_buffer + self.optimizer_state
+            + self.averages + self.buffers
+        )  # fmt: skip
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """What comes on top, by phase. In ZeRO-1's backward pass gradients grow while activations go."""
+        return {
+            "forward and backward": max(self.activations + self.gathered, self.whole_gradients),
+            "reduction": self.reduction_copy,
+            "step": self.step_copy,
+        }
+
+    @property
+    def peak(self) -> int:
+        return self.resident + max(self.phases.values())
+
+
+def refuse_uncounted(config: DistributedConfig, source: str) -> None:
+    """
+    Raises:
+        UserError: a key of the DeepSpeed JSON whose effect is not modelled.
+    """
+    zero = config.deepspeed["zero_optimization"]
+    found = {f"zero_optimization.{k}": zero[k] for k, same in UNCOUNTED.items() if k in zero and zero[k] not in same}
+    found |= {
+        key: config.deepspeed[key] for key in ("data_types", "communication_data_type") if key in config.deepspeed
+    }
+    for key, value in found.items():
+        raise UserError(f"{source}: a plan does not count {key} {value!r}: remove it for the plan")
+
+
+def reduction_bucket(config: DistributedConfig, models: Sequence[RankModel]) -> int:
+    """Elements of DeepSpeed's reduction bucket; ``auto`` is the largest rank's whole model, as in the engine."""
+    size = config.deepspeed["zero_optimization"].get("reduce_bucket_size", "auto")
+    return max(sum(p.numel for p in model.parameters) for model in models) if size == "auto" else int(size)
+
+
+def state_tensors(options: Optimizer) -> int:
+    """Tensors as large as the fp32 partition that the optimizer keeps, without the moving average."""
+    nothing = [{"params": [torch.nn.Parameter(torch.empty(0))]}]
+    return len(OPTIMIZERS[options.type](nothing, options).state_keys())
+
+
+def partition_groups(parameters: Iterable[Held]) -> list[list[Held]]:
+    """DeepSpeed's parameter groups: experts and shared ones, by the ranks they are partitioned over."""
+    found: dict[int, list[Held]] = {}
+    for parameter in parameters:
+        found.setdefault(parameter.experts, []).append(parameter)
+    return list(found.values())
+
+
+def aligned(group: Sequence[Held]) -> int:
+    """Elements of a group laid out flat, under ZeRO-1 and 2."""
+    unit = ALIGNMENT * group[0].holders
+    return -(-sum(p.numel for p in group) // unit) * unit
+
+
+def gathers(model: RankModel, config: DistributedConfig) -> tuple[dict[str, int], set[str]]:
+    """Elements of every module that is gathered (ZeRO-3), in the order of the forward pass, and those that stay whole
+    from there to the backward pass.
+
+    DeepSpeed keeps a module if fewer than ``stage3_max_reuse_distance`` elements are used until it comes again.
+    """
+    padded: dict[str, int] = {}
+    passed: dict[str, int] = {}
+    for parameter in model.parameters:
+        if parameter.calls:
+            shared = parameter.padded if parameter.holders > 1 else 0
+            padded[parameter.module] = padded.get(parameter.module, 0) + shared
+            passed[parameter.module] = passed.get(parameter.module, 0) + parameter.numel
+    kept, between = set(), 0
+    for module in reversed(padded):
+        if 2 * between < config.deepspeed["zero_optimization"]["stage3_max_reuse_distance"]:
+            kept.add(module)
+        if not module.startswith("heads."):  # leaves are not looked into on the way
+            between += passed[module]
+    return padded, kept
+
+
+def memory(model: RankModel, config: DistributedConfig, options: Optimizer, bucket: int, activations: int) -> Memory:
+    """What a rank with this model holds; ``bucket`` from :func:`reduction_bucket`, ``activations`` in bytes."""
+    zero, precision = config.deepspeed["zero_optimization"], PRECISIONS[config.precision]
+    element, groups = precision.parameter, partition_groups(model.parameters)
+    if config.stage == 3:
+        parts = [sum(p.part for p in group) for group in groups]
+        whole = sum(parts)
+        padded, kept = gathers(model, config)
+        largest_gather = max(padded.values()) * element
+        gathered = sum(size for name, size in padded.items() if name in kept) * element
+        if len(kept) < len(padded):
+            gathered += largest_gather
+    else:
+        parts = [aligned(group) // group[0].holders for group in groups]
+        whole = sum(aligned(group) for group in groups)
+        largest_gather = gathered = 0
+    wire = {wire_bytes(p, config) for p in model.parameters}  # one bucket for each; ZeRO-1 and 2 keep both in fp32
+    buffers = sum(wire) if config.stage == 3 else len(wire) * element
+    double = 2 if config.stage < 3 and zero.get("overlap_comm") else 1
+    runs = groupby((p for p in reversed(model.parameters) if p.calls), key=lambda p: (p.experts, wire_bytes(p, config)))
+    longest = max(sum(p.padded if config.stage == 3 else p.numel for p in run) for _, run in runs)
+    step = max(min(size, zero["sub_group_size"]) if config.stage == 3 else size for size in parts)
+    return Memory(
+        parameters=whole * element,
+        master=sum(parts) * FP32,
+        gradients=sum(parts) * element,
+        reduction_buffer=bucket * buffers * double,
+        optimizer_state=sum(parts) * FP32 * state_tensors(options),
+        averages=sum(parts) * FP32 if options.average is not None else 0,
+        buffers=model.buffers * FP32,
+        activations=activations + (sum(2 * p.numel for p in model.parameters if p.calls and p.lower)
+                                   if precision.autocast else 0),
+        gathered=gathered,
+        largest_gather=largest_gather,
+        whole_gradients=sum(p.numel for p in model.parameters if p.calls) * element if config.stage == 1 else 0,
+        reduction_copy=min(longest, bucket) * element,
+        step_copy=step * (FP32 if element == FP32 else FP32 + element),
+    )  # fmt: skip
+
+
+def wire_bytes(parameter: Held, config: DistributedConfig) -> int:
+    """Bytes of an element of a parameter's gradient when it is reduced."""
+    precision = PRECISIONS[config.precision]
+    return precision.rows if parameter.lower and precision.autocast else precision.parameter
