@@ -229,6 +229,9 @@ def _memory_lines(plan: Plan) -> Iterator[str]:
 def _traffic_lines(plan: Plan) -> Iterator[str]:
     busiest = max(plan.ranks, key=lambda rank: sum(rank.traffic.of(kind) for kind in KINDS))
     yield ""
+    if not any(busiest.traffic.of(kind) for kind in KINDS):
+        yield "sent in a step: nothing, as no two ranks share a parameter that is used or a task"
+        return
     yield f"sent in a step by the busiest rank (EP rank {busiest.ep_rank})"
     yield f"  {'':<16} {'inside a node':>14} {'between nodes':>14}"
     for kind in KINDS:
