@@ -2,19 +2,17 @@
 
 import json
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests import tiny
+from tests.ranks import launch
 from ufo_ds import cli, train
 from ufo_ds.data.layouts import read_csv, read_folder
 from ufo_ds.data.shard_writer import write
 from ufo_ds.errors import UserError, run
-
-REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +28,16 @@ def environment(monkeypatch):
         monkeypatch.delenv(name)
 
 
-def outcome(recipe: Path | str, run_dir: Path, *more: str, config: Path | str = "ds_configs/moe.json", limit=None):
+def outcome(recipe: Path | str, run_dir: Path, *more: str, config: Path | str = "ds_configs/moe.json", main=train.main):
     """Exit status and error lines of a training in a process of its own."""
     arguments = ["--deepspeed", str(config), "--recipe", str(recipe), "--run_dir", str(run_dir), *more]
-    done = subprocess.run(
-        [sys.executable, "ufo_ds/train.py", *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
-        preexec_fn=limit,
-    )  # fmt: skip
-    return done.returncode, [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    status, output = launch(1, run, main, arguments)
+    return status, [line for line in output.splitlines() if line.startswith("error: ")]
+
+
+def train_with_small_files(arguments: list[str]) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+    train.main(arguments)
 
 
 def message(capsys, recipe: Path | str, run_dir: Path, *more: str, config: Path | str = "ds_configs/moe.json") -> str:
@@ -221,10 +221,7 @@ def test_checkpoint_of_another_recipe_and_full_disk(recipe, tmp_path):
     run_dir = tmp_path / "run"
     steps = ["--schedule.steps", "2", "--evaluation.best", "null"]
 
-    def small_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-
-    status, lines = outcome(recipe, run_dir, *steps, limit=small_files)
+    status, lines = outcome(recipe, run_dir, *steps, main=train_with_small_files)
     assert (status, len(lines)) == (2, 1)
     assert "step-00000002 not written" in lines[0]
     assert list((run_dir / "checkpoints").iterdir()) == []

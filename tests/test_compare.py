@@ -1,11 +1,8 @@
 """`ufo compare`: its statistics against known answers and simulated runs, its refusals, and two real runs."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +10,7 @@ from scipy import stats
 
 from benchmarks.compare_null import DEMO, PROTOCOLS, Population, any_verdict, found, most_alarms, split
 from tests import tiny
+from tests.distributed.test_training import train
 from ufo_ds import cli, recipe_file
 from ufo_ds.compare import compare as compare_arms
 from ufo_ds.compare import read_arm, report
@@ -20,8 +18,6 @@ from ufo_ds.evaluation import classification, outcomes, statistics
 from ufo_ds.evaluation.outcomes import Outcomes
 from ufo_ds.evaluation.statistics import Difference, Items, cluster_variance
 from ufo_ds.training.run_directory import RunDirectory
-
-REPOSITORY = Path(__file__).parents[1]
 
 
 def uniform(cluster):
@@ -336,13 +332,7 @@ def test_real_runs(tmp_path, capsys):
     recipe = tiny.make(tmp_path)
     runs = [tmp_path / "runs" / f"seed-{seed}" for seed in (0, 1)]
     for seed, run in enumerate(runs):
-        process = subprocess.run(
-            [sys.executable, "ufo_ds/train.py", "--deepspeed", "ds_configs/moe.json", "--recipe", recipe,
-             "--run_dir", run, "--seed", str(seed), "--tasks.stripes.benchmarks.stripes.flip", "true"],
-            cwd=REPOSITORY, text=True, capture_output=True, timeout=240,
-            env=os.environ | {"MASTER_PORT": str(20000 + os.getpid() % 10000), "PYTHONPATH": str(REPOSITORY)},
-        )  # fmt: skip
-        assert process.returncode == 0, process.stderr[-3000:]
+        train(1, recipe, run, "--seed", str(seed), "--tasks.stripes.benchmarks.stripes.flip", "true")
         recorded = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         for line in recorded:
             if line.pop("kind") == "evaluation":

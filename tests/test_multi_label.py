@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from tests.distributed.test_training import train
 from ufo_ds import data_report, evaluate, extract, predict, recipe_file, report
 from ufo_ds.data import attributes
 from ufo_ds.data.evaluation_set import EvaluationSet
@@ -24,7 +22,6 @@ from ufo_ds.data.source import TrainSource
 from ufo_ds.errors import UserError, run
 from ufo_ds.evaluation import benchmarks, pixels
 
-REPOSITORY = Path(__file__).parents[1]
 NAMES = ["red", "upright", "wide"]
 
 RECIPE = """
@@ -229,12 +226,7 @@ def test_the_nearest_image_has_the_attributes_that_score_above_zero():
 
 @pytest.fixture(scope="module")
 def trained(root) -> Path:
-    done = subprocess.run(
-        [sys.executable, "ufo_ds/train.py", "--deepspeed", "ds_configs/moe.json", "--recipe", root / "stripes.yaml",
-         "--run_dir", root / "run"],
-        cwd=REPOSITORY, env=os.environ, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    train(1, root / "stripes.yaml", root / "run")
     return root / "run"
 
 

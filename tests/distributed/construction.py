@@ -45,18 +45,18 @@ def build(options: dict) -> dict:
     return found
 
 
-def main() -> None:
+def main(cases_file: str, results_file: str) -> None:
     torch.set_num_threads(1)
     rank, _ = init_distributed()
-    with open(sys.argv[1]) as file:
+    with open(cases_file) as file:
         cases = json.load(file)
     results = [build(options) for options in cases]
     if rank == 0:
-        with open(sys.argv[2], "w") as file:
+        with open(results_file, "w") as file:
             json.dump(results, file)
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

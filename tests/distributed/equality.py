@@ -317,9 +317,8 @@ def compare(case: dict) -> dict:
     return {"case": case, **result}
 
 
-def main() -> None:
+def main(cases_file: str, results_file: str) -> None:
     torch.set_num_threads(1)
-    cases_file, results_file = sys.argv[1:3]
     rank, _ = init_distributed()
     with open(cases_file) as file:
         cases = json.load(file)
@@ -335,4 +334,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -19,13 +19,12 @@ from ufo_ds.evaluation.features import FeatureFiles, open_images
 from ufo_ds.parallel import ranks, scoring
 
 
-def main() -> None:
+def main(recipe_name: str, features_file: str, shares_file: str, out: str) -> None:
     dist.init_process_group("gloo")
-    recipe, given = recipe_file.load(sys.argv[1]), load_file(sys.argv[2])
-    out = Path(sys.argv[4])
+    recipe, given = recipe_file.load(recipe_name), load_file(features_file)
     images, classes = open_images(recipe), {"colours": [f"colour{i}" for i in range(3)], "stripes": []}
-    for way, shares in enumerate(json.loads(Path(sys.argv[3]).read_text())):
-        files = FeatureFiles(out / "features")
+    for way, shares in enumerate(json.loads(Path(shares_file).read_text())):
+        files = FeatureFiles(Path(out) / "features")
         if ranks.this() == 0:
             files.create()
         ranks.wait_for_all()
@@ -39,10 +38,10 @@ def main() -> None:
         found = scoring.score(recipe, images, files.read(images), classes)
         assert len(found) == 3
         if ranks.this() == ranks.count() - 1:  # all have everything
-            outcomes.store(out, way, found)
+            outcomes.store(Path(out), way, found)
         ranks.wait_for_all()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -140,7 +140,7 @@ def compare_necks(group: RankGroup, counts: list[int]) -> Worst:
     return worst
 
 
-def main() -> None:
+def main(results_file: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     results = []
@@ -166,11 +166,11 @@ def main() -> None:
         for counts in ([0] * size, [0] * (size - 1) + [1], [1] + [0] * (size - 1), [1] * size, [5, 0, 2][:size]):
             report(["neck", size, counts], compare_necks(group, counts) if group is not None else Worst())
     if dist.get_rank() == 0:
-        with open(sys.argv[1], "w") as file:
+        with open(results_file, "w") as file:
             json.dump(results, file)
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

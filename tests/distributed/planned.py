@@ -15,6 +15,23 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from tests.distributed.equality import (
+    CLASSES,
+    MANY_CLASSES,
+    global_batch,
+    make_recipe,
+    part_of,
+    start_value,
+)
+from ufo_ds.checkpoint import AVERAGE
+from ufo_ds.parallel import config as configs
+from ufo_ds.parallel.engine import Engine
+from ufo_ds.parallel.launch import init_distributed
+from ufo_ds.parallel.rank_model import RankModels
+from ufo_ds.parallel.traffic import KINDS, rank_traffic
+from ufo_ds.parallel.zero_memory import memory, reduction_bucket
+
+HELD = ("parameters", "master", "gradients", "reduction_buffer", "optimizer_state", "averages", "buffers")
 SENT: Counter = Counter()
 
 
@@ -50,28 +67,6 @@ def count_collectives() -> None:
     wrap("all_to_all_single", "all-to-all", direct)
     for name in ("all_gather", "reduce_scatter", "broadcast", "reduce", "all_to_all"):
         wrap(name, name, lambda arguments: 1)  # not expected in a step
-
-
-if __name__ == "__main__":
-    count_collectives()
-
-from tests.distributed.equality import (  # noqa: E402
-    CLASSES,
-    MANY_CLASSES,
-    global_batch,
-    make_recipe,
-    part_of,
-    start_value,
-)
-from ufo_ds.checkpoint import AVERAGE  # noqa: E402
-from ufo_ds.parallel import config as configs  # noqa: E402
-from ufo_ds.parallel.engine import Engine  # noqa: E402
-from ufo_ds.parallel.launch import init_distributed  # noqa: E402
-from ufo_ds.parallel.rank_model import RankModels  # noqa: E402
-from ufo_ds.parallel.traffic import KINDS, rank_traffic  # noqa: E402
-from ufo_ds.parallel.zero_memory import memory, reduction_bucket  # noqa: E402
-
-HELD = ("parameters", "master", "gradients", "reduction_buffer", "optimizer_state", "averages", "buffers")
 
 
 def nbytes(tensors) -> int:
@@ -163,9 +158,9 @@ def run(case: dict) -> dict:
     return {"case": case, "ranks": result}
 
 
-def main() -> None:
+def main(cases_file: str, results_file: str) -> None:
+    count_collectives()
     torch.set_num_threads(1)
-    cases_file, results_file = sys.argv[1:3]
     rank, _ = init_distributed()
     with open(cases_file) as file:
         cases = json.load(file)
@@ -180,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -21,11 +21,11 @@ from ufo_ds.recipe_file import dump
 STEPS = 2
 
 
-def main() -> None:
+def main(directory: str, cases_file: str) -> None:
     torch.set_num_threads(1)
     init_distributed()
-    directory, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    for i, case in enumerate(cases):
+    out = Path(directory)
+    for i, case in enumerate(json.loads(Path(cases_file).read_text())):
         recipe = make_recipe(case)
         engine = Engine(recipe, configure(case, recipe), MANY_CLASSES)
         if i == 0:
@@ -33,12 +33,12 @@ def main() -> None:
                 batch = global_batch(recipe, step, 0, engine.samples, MANY_CLASSES)
                 engine.step([part_of(batch, engine.positions())], 1e-3)
         else:
-            checkpoint.load(engine, directory / str(i - 1) / name_of(STEPS))
+            checkpoint.load(engine, out / str(i - 1) / name_of(STEPS))
         routes = {name: {unit: list(r) for unit, r in units.items()} for name, units in engine.model.routes.items()}
-        checkpoint.save(engine, directory / str(i), Index(STEPS, dump(recipe), {}, routes))
+        checkpoint.save(engine, out / str(i), Index(STEPS, dump(recipe), {}, routes))
         engine.deepspeed.destroy()
     finish_distributed()
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

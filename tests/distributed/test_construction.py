@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from tests.distributed.test_sharded import launch
+from tests.distributed import construction
+from tests.ranks import run
 
 UNEQUAL = {"a": 5, "b": 3001, "c": 3, "d": 4}
 
@@ -25,7 +26,7 @@ def test_unequal_heads(tmp_path):
         on({"stage": 3, "stage3_prefetch_bucket_size": 50_000}, ep=1),
     ]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    launch(2, "tests/distributed/construction.py", str(tmp_path / "cases.json"), str(tmp_path / "results.json"))
+    run(2, construction.main, tmp_path / "cases.json", tmp_path / "results.json")
     results = json.loads((tmp_path / "results.json").read_text())
     for found in results:
         print(found)

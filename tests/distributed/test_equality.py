@@ -2,14 +2,13 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.distributed import equality
+from tests.ranks import run
+
 BOUND = 1e-5  # max |difference| / max |reference|, fp32
 
 
@@ -34,11 +33,7 @@ def case(
 
 def run_cases(ranks: int, cases: list[dict], tmp_path: Path) -> list[dict]:
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command += ["tests/distributed/equality.py", str(tmp_path / "cases.json"), str(tmp_path / "results.json")]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(ranks, equality.main, tmp_path / "cases.json", tmp_path / "results.json", timeout=1800)
     return json.loads((tmp_path / "results.json").read_text())
 
 

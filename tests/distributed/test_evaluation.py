@@ -2,9 +2,6 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,26 +9,16 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests import tiny
+from tests.distributed import features
+from tests.ranks import run
 from ufo_ds import recipe_file
 from ufo_ds.evaluation import benchmarks, outcomes
 from ufo_ds.evaluation.features import open_images
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
     return tiny.make(tmp_path_factory.mktemp("tiny"))
-
-
-def launch(ranks: int, *arguments: str) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.mark.parametrize(
@@ -52,9 +39,8 @@ def test_given_features_on_ranks(recipe, tmp_path, ranks, ways):
     }
     save_file(given, tmp_path / "features.safetensors")
     (tmp_path / "shares.json").write_text(json.dumps(ways))
-    launch(
-        ranks, "tests/distributed/features.py", str(recipe), str(tmp_path / "features.safetensors"),
-        str(tmp_path / "shares.json"), str(tmp_path / "run"),
+    run(
+        ranks, features.main, str(recipe), tmp_path / "features.safetensors", tmp_path / "shares.json", tmp_path / "run"
     )  # fmt: skip
     predictions = {
         "colours": {"logits": given["colours.logits"]}, "stripes": {"embedding": given["stripes.embedding"]}

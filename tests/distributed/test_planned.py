@@ -1,15 +1,14 @@
 """A plan's bytes are those of engines: memory to the byte, traffic within 2% (see planned.py)."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_equality import REPOSITORY, STEM
+from tests.distributed import planned
+from tests.distributed.test_equality import STEM
 from tests.distributed.test_equality import case as of_equality
+from tests.ranks import run
 
 BOUND = 0.02  # |planned - found| / found
 
@@ -49,22 +48,18 @@ CASES = {
 
 def check(ranks: int, cases: list[dict], tmp_path: Path) -> None:
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command += ["tests/distributed/planned.py", str(tmp_path / "cases.json"), str(tmp_path / "results.json")]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(ranks, planned.main, tmp_path / "cases.json", tmp_path / "results.json", timeout=600)
     results = json.loads((tmp_path / "results.json").read_text())
     assert [result["case"] for result in results] == cases
     for result in results:
         for rank, pairs in enumerate(result["ranks"]):
             line = f"{ranks} ranks, rank {rank}: {json.dumps(pairs)} of {json.dumps(result['case'])}"
-            for key, (planned, found) in pairs["memory"].items():
-                assert planned == found, f"{key}: {line}"
+            for key, (wanted, found) in pairs["memory"].items():
+                assert wanted == found, f"{key}: {line}"
             assert pairs["memory"]["parameters"][1] > 0
             assert not pairs["other"], line
-            for kind, (planned, found) in pairs["traffic"].items():
-                assert abs(planned - found) <= BOUND * found, f"{kind}: {line}"
+            for kind, (wanted, found) in pairs["traffic"].items():
+                assert abs(wanted - found) <= BOUND * found, f"{kind}: {line}"
             assert ranks == 1 or sum(found for _, found in pairs["traffic"].values()) > 0
 
 

@@ -2,30 +2,17 @@
 tell that they were."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import torch
 
+from tests.distributed import holders, sharded_checkpoint
 from tests.distributed.test_equality import BOUND, case, check
+from tests.ranks import run
 from ufo_ds.checkpoint import Reader
-
-REPOSITORY = Path(__file__).parents[2]
-
-
-def launch(ranks: int, *arguments: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_heads_and_necks_over_ranks(tmp_path):
-    launch(3, "tests/distributed/holders.py", str(tmp_path / "results.json"))
+    run(3, holders.main, tmp_path / "results.json")
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results) > 100
     for of_case, worst in results:
@@ -57,7 +44,7 @@ def test_checkpoints_of_sharded_heads_fit_any_topology(tmp_path):
     # Two holders of each task, then four, then one, which has all rows.
     cases = [on(2, 3, ["a"]), on(1, 2, ["a", "b"]), on(4, 3, ["a"])]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    launch(4, "tests/distributed/sharded_checkpoint.py", str(tmp_path), str(tmp_path / "cases.json"))
+    run(4, sharded_checkpoint.main, tmp_path, tmp_path / "cases.json")
     wanted, *others = [Reader(tmp_path / str(i) / "step-00000002") for i in range(len(cases))]
     weights = [reader.index.parameters["heads.a.classifier.weight"] for reader in (wanted, *others)]
     assert all(weight.shape == [1003, 16] for weight in weights)

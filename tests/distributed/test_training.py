@@ -15,7 +15,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests import tiny
+from tests.ranks import run as run_ranks
 from ufo_ds import checkpoint, evaluate
+from ufo_ds import train as train_script
 from ufo_ds.errors import run as entry
 
 REPOSITORY = Path(__file__).parents[2]
@@ -32,23 +34,24 @@ def recipe(tmp_path_factory) -> Path:
     return tiny.make(tmp_path_factory.mktemp("tiny"))
 
 
-def command(ranks: int, recipe: Path, run: Path, *more: str) -> list[str]:
+def arguments(ranks: int, recipe: Path, run: Path, *more: str) -> list[str]:
     config = REPOSITORY / "ds_configs" / "moe.json"
     if ranks > 1:  # by load it would be 1: stripes have more tokens
         values = json.loads(config.read_text())
         values["expert_parallel"]["autoep_size"] = 2
         config = run.with_name("moe.json")
         config.write_text(json.dumps(values))
-    return [
-        *LAUNCHER[ranks], str(REPOSITORY / "ufo_ds" / "train.py"), "--deepspeed", str(config),
-        "--recipe", str(recipe), "--run_dir", str(run), *more,
-    ]  # fmt: skip
+    return ["--deepspeed", str(config), "--recipe", str(recipe), "--run_dir", str(run), *more]
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
+def command(ranks: int, recipe: Path, run: Path, *more: str) -> list[str]:
+    return [*LAUNCHER[ranks], str(REPOSITORY / "ufo_ds" / "train.py"), *arguments(ranks, recipe, run, *more)]
+
+
+def start(words: list[str]) -> subprocess.Popen[str]:
     # A session of its own: whatever a test starts, it can end as a whole.
     return subprocess.Popen(
-        arguments, cwd=REPOSITORY, env=os.environ | {"MASTER_PORT": PORT}, start_new_session=True, text=True,
+        words, cwd=REPOSITORY, env=os.environ | {"MASTER_PORT": PORT}, start_new_session=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
@@ -63,10 +66,8 @@ def finish(process: subprocess.Popen[str], timeout: float = 240) -> str:
 
 
 def train(ranks: int, recipe: Path, run: Path, *more: str) -> str:
-    process = start(command(ranks, recipe, run, *more))
-    output = finish(process)
-    assert process.returncode == 0, output[-3000:]
-    return output
+    """A training without a launcher, see :mod:`tests.ranks`; its output."""
+    return run_ranks(ranks, entry, train_script.main, arguments(ranks, recipe, run, *more))
 
 
 def recorded(run: Path) -> list[dict]:
@@ -99,9 +100,11 @@ def ranks_of(process: subprocess.Popen[str]) -> list[int]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(recipe, tmp_path_factory) -> Path:
-    """Twelve steps on two ranks, EP 2, ZeRO-3."""
+    """Twelve steps on two ranks, EP 2, ZeRO-3, started by DeepSpeed's launcher."""
     run = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    output = train(2, recipe, run)
+    process = start(command(2, recipe, run))
+    output = finish(process)
+    assert process.returncode == 0, output[-3000:]
     assert "expert parallel 2 x data parallel 1, ZeRO-3" in output
     return run
 
