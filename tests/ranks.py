@@ -4,6 +4,7 @@ Launchers are what ``distributed/test_training.py`` starts. Here the test itself
 find each other, as torchrun does, so that no port can be taken by another test.
 """
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -82,6 +83,7 @@ def _outcome(processes: list, timeout: float) -> int:
 
 
 def _rank(environment: dict[str, str], output: Path, main: Callable[..., int | None], arguments: tuple) -> None:
+    gc.freeze()  # the collector would go through all that was imported, and so copy its pages
     os.environ |= environment
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     for stream in (sys.stdout, sys.stderr):

@@ -4,7 +4,6 @@ import importlib
 import sys
 
 from ufo_ds.errors import UserError, run
-from ufo_ds.parallel.launch import name_accelerator
 
 VERBS = {
     "train": "train a recipe (with several processes: deepspeed ufo_ds/train.py)",
@@ -30,6 +29,8 @@ def _dispatch(argv: list[str] | None) -> None:
         return
     if verb not in VERBS:
         raise UserError(f"no verb {verb!r}: use one of {', '.join(VERBS)}")
+    from ufo_ds.parallel.launch import name_accelerator  # imports torch, which --help and wrong verbs do without
+
     name_accelerator()
     importlib.import_module(f"ufo_ds.{_MODULES.get(verb, verb)}").main(rest)
 

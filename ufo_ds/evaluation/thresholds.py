@@ -26,9 +26,7 @@ intervals that are given cover the truth in 79 of 100.
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import expit, logit, stdtrit
-from scipy.stats import beta, norm
-from sklearn.linear_model import LogisticRegression
+from scipy.special import betaincinv, expit, logit, ndtri, stdtrit  # scipy.stats has them too; it takes a second
 
 from ufo_ds.errors import UserError
 from ufo_ds.evaluation import roc
@@ -161,10 +159,10 @@ def rate(wrong: np.ndarray, identity: np.ndarray, chosen: bool = False) -> Rate:
     spread = np.square(q_G).sum() - q_G.sum() ** 2 / len(q_G)
     freedom = float(2 * q_G.sum() ** 2 / spread if spread > 0 else np.inf) / (2 if chosen else 1)
     freedom = min(max(1.0, freedom), len(q_G) - 1.0)
-    m = effective * (norm.ppf(1 - ALPHA / 2) / stdtrit(freedom, 1 - ALPHA / 2)) ** 2
+    m = effective * (ndtri(1 - ALPHA / 2) / stdtrit(freedom, 1 - ALPHA / 2)) ** 2
     errors, others = m * value + 0.5, m * (1 - value) + 0.5
-    low = float(beta.ppf(ALPHA / 2, errors, others)) if value > 0 else 0.0
-    high = float(beta.ppf(1 - ALPHA / 2, errors, others)) if value < 1 else 1.0
+    low = float(betaincinv(errors, others, ALPHA / 2)) if value > 0 else 0.0
+    high = float(betaincinv(errors, others, 1 - ALPHA / 2)) if value < 1 else 1.0
     return Rate(value, (low, high), effective)
 
 
@@ -178,6 +176,8 @@ def calibrate(similarity: np.ndarray, same: np.ndarray) -> Probability:
     Raises:
         UserError: pairs of only one kind, a NaN, or genuine pairs that are not more similar than others.
     """
+    from sklearn.linear_model import LogisticRegression  # takes a second to import: only where it is fitted
+
     _check(similarity, same)
     mean, deviation = float(similarity.mean(dtype=np.float64)), float(similarity.std(dtype=np.float64))
     standard = (similarity.astype(np.float64) - mean) / max(deviation, 1e-12)

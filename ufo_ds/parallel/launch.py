@@ -50,6 +50,7 @@ def init_distributed() -> tuple[int, int]:
     # On CPUs DeepSpeed would compile collectives over shared memory: a minute at the first start, and a rank that
     # waits there for one that was killed waits for ever. gloo notices.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon()
     _bring_up_loopback()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
@@ -67,6 +68,20 @@ def is_lost_rank(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank is gone (gloo's and NCCL's words for it)."""
     words = ("Connection closed by peer", "Connection reset", "Broken pipe", "Connection refused", "remote process")
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
+def _import_muon() -> None:
+    """What every engine of DeepSpeed imports, whatever its optimizer is. Its kernels are handed to torch.compile then,
+    which takes two seconds to import its backend; with the compiler off they stay as they are."""
+    off = "TORCHDYNAMO_DISABLE"
+    given = os.environ.get(off)
+    os.environ[off] = "1"
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+
+    if given is None:
+        del os.environ[off]
+    else:
+        os.environ[off] = given
 
 
 def _bring_up_loopback() -> None:
