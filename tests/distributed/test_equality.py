@@ -20,7 +20,7 @@ EVERYTHING = ("embed", "norm", "attn", "ffn")
 def case(
     ep, stage, exchange="aligned", routes="learned", tasks=4, optimizer="sgd", clipping=0.5, accumulation=2, last=2,
     experts=EVERYTHING, probe=1.0, shared_samples=0.0, sharded=(), sampled=(), backbone=None,
-    batches="heterogeneous", mixing=False, multi_label=False,
+    batches="heterogeneous", mixing=False, multi_label=False, one_input=False, zero=None,
 ):  # fmt: skip
     return {
         "ep": ep, "stage": stage, "exchange": exchange, "routes": routes, "tasks": tasks, "optimizer": optimizer,
@@ -29,6 +29,7 @@ def case(
         "sharded": list(sharded), "sampled": list(sampled),
         "backbone": backbone or {},
         "batches": batches, "mixing": mixing, "multi_label": multi_label,
+        "one_input": one_input, "zero": zero or {},
     }  # fmt: skip
 
 

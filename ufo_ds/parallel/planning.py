@@ -249,8 +249,8 @@ class Planner:
                         total += nbytes * (before if route == "shared" else here)
         for name, head in zip(model.tasks, model.heads, strict=False):
             task = next(task for task in self.recipe.tasks if task.name == name)
-            images = samples[name] if head.classifier.part is not None else len(owned[name])
-            rows = len(head.classifier.weight)
+            images = samples[name] if head.classifier.is_spread else len(owned[name])
+            rows = len(head.classifier.rows)
             total += kept_by_head(task, self.recipe.model.backbone.dim, images, rows, precision)
         return total
 

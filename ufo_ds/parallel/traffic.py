@@ -156,7 +156,7 @@ def _heads(links: _Links, model: RankModel, config: DistributedConfig, samples: 
         total = samples[model.tasks[slot]]
         first = placement.first[model.tasks[slot]]
         counts = [len(share(range(total), placement.replicas, i, first)) for i in range(placement.replicas)]
-        sharded = head.classifier.part is not None
+        sharded = head.classifier.is_spread
         if head.loss.triplet is not None:
             _gather_rows(links, ranks, counts, part, dim * FP32, times)
             _gather_rows(links, ranks, counts, part, LABEL, times, backward=False)
