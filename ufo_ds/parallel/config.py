@@ -82,7 +82,8 @@ def decides_by_size(zero: dict[str, Any], largest: int) -> list[str]:
     """The keys of ``zero_optimization`` whose values have ZeRO decide by the sizes of parameters; ``largest``: elements
     of all parameters of a rank. (``sub_group_size`` matters only by the number of sub-groups.)"""
     keys = [key for key in _SIZE_BLIND if key.startswith("stage3_") and zero["stage"] == 3]
-    found = [key for key in keys if zero[key] != _SIZE_BLIND[key]]
+    released = ("stage3_max_reuse_distance", 0)  # nothing stays whole, however small
+    found = [key for key in keys if zero[key] != _SIZE_BLIND[key] and (key, zero[key]) != released]
     return found + (["reduce_bucket_size"] if zero["reduce_bucket_size"] < largest else [])
 
 
