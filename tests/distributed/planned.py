@@ -29,10 +29,11 @@ from ufo_ds.parallel.engine import Engine
 from ufo_ds.parallel.launch import init_distributed
 from ufo_ds.parallel.rank_model import RankModels
 from ufo_ds.parallel.traffic import KINDS, rank_traffic
-from ufo_ds.parallel.zero_memory import memory, reduction_bucket
+from ufo_ds.parallel.zero_memory import memory, sized
 
 HELD = ("parameters", "master", "gradients", "reduction_buffer", "optimizer_state", "averages", "buffers")
 SENT: Counter = Counter()
+ORDER: list[tuple[str, int, int]] = []  # gathers and scatters: ranks that take part, elements
 
 
 def count_collectives() -> None:
@@ -52,6 +53,8 @@ def count_collectives() -> None:
         def sent(arguments: dict) -> float:
             tensor, size = arguments[whole], dist.get_world_size(arguments.get("group"))
             # Single numbers are what plans do not count: norms, flags, counts.
+            if whole != "tensor":
+                ORDER.append((whole, size, tensor.numel()))
             return tensor.nbytes * (size - 1) / size * times if tensor.numel() > 1 else 0.0
 
         return sent
@@ -138,6 +141,7 @@ def run(case: dict) -> dict:
     for step in (1, 2):
         engine.step(batches(step), recipe.optimizer.lr)
     SENT.clear()
+    ORDER.clear()
     engine.step(batches(3), recipe.optimizer.lr)
     sent = dict(SENT)
 
@@ -145,13 +149,16 @@ def run(case: dict) -> dict:
     assert models.placement(dist.get_world_size(), config.ep_size, config.accumulation) == placement
     everyone = models.of(placement)
     model = everyone[placement.ep_rank(rank)]
-    planned = memory(model, config, recipe.optimizer, reduction_bucket(config, everyone), 0)
+    config = sized(config, everyone, None)
+    assert config == engine.config
+    planned = memory(model, config, recipe.optimizer, 0)
     traffic = rank_traffic(recipe, config, placement, model, rank, 1)
     engine.deepspeed.destroy()
     mine = {
         "memory": {key: (getattr(planned, key), found[key]) for key in HELD},
         "traffic": {kind: (traffic.of(kind), sent.pop(kind, 0.0)) for kind in KINDS},
         "other": sent,
+        "order": list(ORDER) if engine.sizes_agree and config.stage == 3 else [],
     }
     result: list = [None] * dist.get_world_size()
     dist.all_gather_object(result, mine)

@@ -14,12 +14,16 @@ BOUND = 1e-5  # max |difference| / max |reference|, fp32
 
 STEM = {"stem": [4, 4, 8], "pool": "mean"}
 EVERYTHING = ("embed", "norm", "attn", "ffn")
+# As in a model of billions of parameters: what is whole is a part of it, and gradients fill many buckets. Only where
+# ranks have parameters of the same sizes.
+LARGE = {"stage3_prefetch_bucket_size": 1000, "stage3_max_live_parameters": 6000, "stage3_max_reuse_distance": 12000,
+         "reduce_bucket_size": 2000, "sub_group_size": 1500}  # fmt: skip
 
 
 def case(
     ep, stage, exchange="aligned", routes="learned", tasks=4, optimizer="sgd", clipping=0.5, accumulation=2, last=2,
     experts=EVERYTHING, probe=1.0, shared_samples=0.0, sharded=(), sampled=(), backbone=None,
-    batches="heterogeneous", mixing=False, multi_label=False,
+    batches="heterogeneous", mixing=False, multi_label=False, one_input=False, zero=None,
 ):  # fmt: skip
     return {
         "ep": ep, "stage": stage, "exchange": exchange, "routes": routes, "tasks": tasks, "optimizer": optimizer,
@@ -28,6 +32,7 @@ def case(
         "sharded": list(sharded), "sampled": list(sampled),
         "backbone": backbone or {},
         "batches": batches, "mixing": mixing, "multi_label": multi_label,
+        "one_input": one_input, "zero": zero or {},
     }  # fmt: skip
 
 
@@ -109,4 +114,24 @@ def test_matrix(ranks, tmp_path):
             (3, "lars", 0.5, 1, 2) if (stage + len(exchange)) % 2 else (4, "lamb", 0.5, 2, 1),
         ]
     ]
+    check(ranks, cases, tmp_path)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_matrix_of_small_buckets(ranks, tmp_path):
+    """Communication behind computation, in small pieces: see test_overlap.py."""
+    cases = [
+        case(
+            ep, stage, exchange, routes, one_input=True, zero=zero, last=1 if stage > 1 else 2,
+            optimizer="lamb" if routes == "freezing" else "sgd", sharded=sharded,
+        )
+        for ep in (1, 2, 4)
+        if ep <= ranks
+        for stage, zero in ((1, {"reduce_bucket_size": 2000}), (2, {"reduce_bucket_size": 2000}), (3, LARGE), (3, {}))
+        for exchange, routes, sharded in [
+            ("aligned", "learned", ()), ("aligned", "frozen", ("a", "c")),
+            ("layer" if ep > 1 else "aligned", "freezing", ()), ("input" if ep > 1 else "aligned", "frozen", ()),
+        ]
+    ]  # fmt: skip
     check(ranks, cases, tmp_path)

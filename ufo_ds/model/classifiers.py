@@ -1,4 +1,4 @@
-"""The matrix of a head: one row a class, of which a process may hold a part.
+"""The matrix of a head: one row a class, of which a process may hold a part. It may have more rows than that, padding.
 
 Axes: B samples of this process, M of all that hold the task, C classes whose rows are here, D width.
 """
@@ -46,13 +46,24 @@ class HolderGroup:
 
 
 class Part(NamedTuple):
-    """``rows`` of a matrix of this ``shape``, which are the first that the parameter has; behind them is padding."""
+    """``rows`` of a tensor of this ``shape``, which are the first that the parameter has; behind them is padding.
+
+    Padding is zero and stays so: nothing is computed with it, so that its gradient is zero, and no checkpoint has it.
+    """
 
     shape: torch.Size
     rows: range
 
 
-class Classifier(nn.Module):
+class Padded(nn.Module):
+    """A module whose parameters may be longer than what they hold, so that ranks have parameters of the same sizes."""
+
+    def held(self) -> dict[str, Part]:
+        """What each parameter holds."""
+        raise NotImplementedError
+
+
+class Classifier(Padded):
     """Weight ``[C, D]``; :meth:`keep` leaves a part of it here. A bias is small and whole everywhere."""
 
     def __init__(self, dim: int, num_classes: int):
@@ -63,18 +74,28 @@ class Classifier(nn.Module):
         self.group = HolderGroup()  # of those that hold the other rows
 
     @property
-    def part(self) -> Part | None:
-        """What there is of a weight that is not whole."""
-        if self.group.size == 1:
-            return None
-        return Part(torch.Size([self.num_classes, self.dim]), self.rows)
+    def is_spread(self) -> bool:
+        """Whether other processes hold other rows."""
+        return self.group.size > 1
+
+    @property
+    def rows_each(self) -> int:
+        """Rows on every process, the last ones padding."""
+        return -(-self.num_classes // self.group.size)
+
+    def held(self) -> dict[str, Part]:
+        return {"weight": Part(torch.Size([self.num_classes, self.dim]), self.rows)}
 
     def keep(self, group: HolderGroup) -> None:
-        """Keep this process's share of the rows; every process of the group has as many, the last ones padding."""
-        each = -(-self.num_classes // group.size)
+        """Keep this process's share of the rows."""
         self.group = group
+        each = self.rows_each
         self.rows = range(self.num_classes)[each * group.part : each * (group.part + 1)]
-        self.weight = nn.Parameter(self.weight.new_empty(each, self.dim))
+        self.pad(each)
+
+    def pad(self, rows: int) -> None:
+        """Make room for as many rows."""
+        self.weight = nn.Parameter(self.weight.new_empty(rows, self.dim))
 
     def logits(self, x_BD: Tensor, chosen: Tensor | None = None) -> Tensor:
         """Logits ``[B, C]`` of the classes that are here, or of the ``chosen`` ones (positions among ``rows``)."""
@@ -86,11 +107,11 @@ class Classifier(nn.Module):
 
     def forward(self, x_BD: Tensor) -> Tensor:
         """Logits ``[B, num_classes]`` of all classes, wherever their rows are; not for training."""
-        if self.part is None:
+        if not self.is_spread:
             return self.logits(x_BD)
         counts = self.group.gathered_counts(x_BD)
         logits_MC = self.logits(self.group.all_gather(x_BD, counts))
-        padded_MC = F.pad(logits_MC, (0, len(self.weight) - logits_MC.shape[1]))
+        padded_MC = F.pad(logits_MC, (0, self.rows_each - logits_MC.shape[1]))
         by_part = self.group.return_rows(padded_MC, counts)
         return by_part.transpose(0, 1).flatten(1)[:, : self.num_classes]
 
@@ -108,17 +129,31 @@ class LinearClassifier(Classifier):
         super().__init__(dim, num_classes)
         self.bias = nn.Parameter(torch.empty(num_classes))
 
+    def held(self) -> dict[str, Part]:
+        return {**super().held(), "bias": Part(torch.Size([self.num_classes]), range(self.num_classes))}
+
     def logits(self, x_BD: Tensor, chosen: Tensor | None = None) -> Tensor:
         bias_C = self._here(self.bias[self.rows.start :], chosen).float()
         return F.linear(x_BD.float(), self._here(self.weight, chosen).float(), bias_C)
 
 
 def parts(model: nn.Module) -> dict[str, Part]:
-    """The parameters of a model that are not whole here, by name."""
+    """The parameters of a model that are not whole here, or padded, by name."""
     return {
-        f"{name}.weight": module.part
-        for name, module in model.named_modules()
-        if isinstance(module, Classifier) and module.part is not None
+        f"{prefix}.{name}": part
+        for prefix, module in model.named_modules()
+        if isinstance(module, Padded)
+        for name, part in module.held().items()
+        if module.get_parameter(name).shape != part.shape
+    }
+
+
+def spread(model: nn.Module) -> set[str]:
+    """The parameters of a model of which other processes hold other rows, by name."""
+    return {
+        f"{prefix}.weight"
+        for prefix, module in model.named_modules()
+        if isinstance(module, Classifier) and module.is_spread
     }
 
 

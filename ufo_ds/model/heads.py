@@ -1,6 +1,7 @@
 """What a task adds behind the backbone: a neck, a classifier and its losses.
 
-All heads have two parameters, so that ranks which hold different tasks stay alike (ZeRO-3 counts).
+All heads have two parameters, a matrix and then a vector, so that ranks which hold different tasks stay alike (ZeRO-3
+counts), and both may be padded to the sizes of other ranks'.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ufo_ds import losses
-from ufo_ds.model.classifiers import Classifier, CosineClassifier, HolderGroup, LinearClassifier
+from ufo_ds.model.classifiers import Classifier, CosineClassifier, HolderGroup, LinearClassifier, Padded, Part
 from ufo_ds.model.packing import Segment, split
 from ufo_ds.recipe_task import ArcFace, BinaryCrossEntropy, Circle, CosFace, CrossEntropy, Head, Loss
 from ufo_ds.seeding import torch_generator
@@ -21,7 +22,7 @@ Moment = tuple[int, int]  # step, micro-step
 Mix = tuple[Tensor, Tensor]  # labels of the images that samples are mixed with, weights of the samples' own, each [B]
 
 
-class BatchNormNeck(nn.Module):
+class BatchNormNeck(Padded):
     """Batch normalisation of the feature before a margin classifier, without a shift (BNNeck, Luo et al., 2019).
 
     Statistics are those of all samples of the task in the micro-batch, wherever they are; none or one is fine.
@@ -39,6 +40,10 @@ class BatchNormNeck(nn.Module):
         self.register_buffer("running_var", torch.ones(dim))
         self.group = HolderGroup()
 
+    def held(self) -> dict[str, Part]:
+        shape = self.running_mean.shape
+        return {} if self.weight is None else {"weight": Part(shape, range(len(self.running_mean)))}
+
     def forward(self, x_BD: Tensor) -> Tensor:
         x_BD = x_BD.float()
         if self.training:
@@ -46,7 +51,7 @@ class BatchNormNeck(nn.Module):
         else:
             mean_D, var_D = self.running_mean, self.running_var
         y_BD = (x_BD - mean_D) * torch.rsqrt(var_D + self.eps)
-        return y_BD if self.weight is None else y_BD * self.weight.float()
+        return y_BD if self.weight is None else y_BD * self.weight[: len(mean_D)].float()
 
     def _batch_statistics(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
         # Two passes: the mean of squares minus the square of the mean cancels where features hardly differ.
@@ -84,9 +89,9 @@ class TaskHead(nn.Module):
     def __init__(self, options: Head, dim: int, num_classes: int, loss: Loss, key: tuple[int | str, ...] = ()):
         super().__init__()
         margin = options.type == "margin"
+        self.classifier: Classifier = (CosineClassifier if margin else LinearClassifier)(dim, num_classes)
         # A linear classifier needs no scale before it, and then all heads have two parameters.
         self.neck = BatchNormNeck(dim, scale=margin) if margin or options.neck else nn.Identity()
-        self.classifier: Classifier = (CosineClassifier if margin else LinearClassifier)(dim, num_classes)
         self.options, self.loss, self.key = options, loss, key
         self.group = HolderGroup()
 
@@ -97,6 +102,19 @@ class TaskHead(nn.Module):
             self.neck.group = group
         if sharded:
             self.classifier.keep(group)
+
+    @property
+    def entries(self) -> int:
+        """Of the head's vector, the classifier's bias or the neck's scale."""
+        return self.classifier.num_classes if isinstance(self.classifier, LinearClassifier) else self.classifier.dim
+
+    def pad(self, rows: int, entries: int) -> None:
+        """Make room for as many rows in the classifier's matrix, and entries in the head's vector."""
+        self.classifier.pad(rows)
+        if isinstance(self.classifier, LinearClassifier):
+            self.classifier.bias = nn.Parameter(self.classifier.bias.new_empty(entries))
+        elif isinstance(self.neck, BatchNormNeck):
+            self.neck.weight = nn.Parameter(self.classifier.weight.new_empty(entries))
 
     def forward(
         self,
@@ -143,7 +161,7 @@ class TaskHead(nn.Module):
     ) -> dict[str, Tensor]:
         """Weighted losses ``[B]`` by the classifier. Where its rows are spread, every process computes the logits of
         all samples for its rows, and takes the losses of its own samples."""
-        sharded, counts = self.classifier.part is not None, self.group.counts(global_count)
+        sharded, counts = self.classifier.is_spread, self.group.counts(global_count)
         samples_XD, labels_X = embedding_BD, labels_B  # X: own samples, or all where rows are spread
         if sharded:
             samples_XD = self.group.all_gather(embedding_BD, counts)

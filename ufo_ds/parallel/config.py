@@ -5,7 +5,7 @@ Two keys are read here and not by DeepSpeed: ``expert_parallel.autoep_size`` (a 
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from ufo_ds.recipe import Recipe
 
 EXCHANGES = ("aligned", "input", "layer")
 
-# With parameters of different sizes at the same position of different ranks (heads, embeddings), whatever ZeRO-3
-# decides by size must be off, or ranks decide differently and hang.
+# With parameters of different sizes at the same position of different ranks, whatever ZeRO-3 decides by size must be
+# off, or ranks decide differently and hang.
 _SIZE_BLIND = {
     "overlap_comm": False,
     "sub_group_size": 10**15,
@@ -28,10 +28,16 @@ _SIZE_BLIND = {
     "stage3_max_reuse_distance": 10**15,
 }
 
+# Elements where all sizes agree. A reduction of 2e8 keeps links busy and is a small part of a large model, so that
+# reductions start early; DeepSpeed's own prefetch is several layers ahead; a step of 1e8 takes little room for its fp32
+# copy of the gradients.
+REDUCED_AT_ONCE, PREFETCHED, STEPPED_AT_ONCE = 2 * 10**8, 5 * 10**7, 10**8
+SHARE_FOR_WHOLE = 0.25  # of a GPU's memory, for parameters that stay whole from the forward to the backward pass
+
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """``deepspeed`` is what ``deepspeed.initialize`` gets."""
+    """``deepspeed`` is what ``deepspeed.initialize`` gets, after :meth:`sized`."""
 
     deepspeed: dict[str, Any]
     ep_size: int | None  # None: by load, once samples and classes of all tasks are known
@@ -40,14 +46,45 @@ class DistributedConfig:
     stage: int
     precision: str  # in words
 
+    def sized(self, alike: bool, elements: int, memory: int | None) -> "DistributedConfig":
+        """With every "auto" of ``zero_optimization`` that goes by the sizes of parameters; all ranks must give the
+        same.
+
+        Where ranks have parameters of the same sizes, communication hides behind computation: gradients are reduced in
+        buckets, parameters gathered ahead of their use. Under ZeRO-3 those are kept whole for the backward pass that
+        need at most ``SHARE_FOR_WHOLE`` of the memory; others are gathered anew, half as much again to send.
+
+        Args:
+            alike: whether at every position all ranks have parameters of the same size.
+            elements: of all parameters of the rank with most.
+            memory: bytes of the smallest GPU; None: unknown, and all parameters are kept whole.
+        """
+        chosen = dict(_SIZE_BLIND, reduce_bucket_size=elements)
+        if alike:
+            chosen |= {
+                "overlap_comm": True,
+                "reduce_bucket_size": min(REDUCED_AT_ONCE, elements),
+                "sub_group_size": STEPPED_AT_ONCE,
+                "stage3_prefetch_bucket_size": min(PREFETCHED, elements),
+            }
+            element = 2 if self.precision == "bf16" else 4  # bytes
+            room = elements if memory is None else int(SHARE_FOR_WHOLE * memory) // element
+            if room < elements:
+                # Reuse counts what is passed on the way to the loss and back.
+                chosen |= {"stage3_max_live_parameters": room, "stage3_max_reuse_distance": 2 * room}
+        zero = self.deepspeed["zero_optimization"]
+        keys = [key for key in chosen if key in zero or self.stage == 3 or not key.startswith(("stage3_", "sub_"))]
+        zero = zero | {key: chosen[key] for key in keys if zero.get(key, "auto") == "auto"}
+        return replace(self, deepspeed={**self.deepspeed, "zero_optimization": zero})
+
 
 def decides_by_size(zero: dict[str, Any], largest: int) -> list[str]:
     """The keys of ``zero_optimization`` whose values have ZeRO decide by the sizes of parameters; ``largest``: elements
     of all parameters of a rank. (``sub_group_size`` matters only by the number of sub-groups.)"""
     keys = [key for key in _SIZE_BLIND if key.startswith("stage3_") and zero["stage"] == 3]
-    found = [key for key in keys if zero[key] != _SIZE_BLIND[key]]
-    bucket = zero.get("reduce_bucket_size", "auto")
-    return found + (["reduce_bucket_size"] if bucket != "auto" and bucket < largest else [])
+    released = ("stage3_max_reuse_distance", 0)  # nothing stays whole, however small
+    found = [key for key in keys if zero[key] != _SIZE_BLIND[key] and (key, zero[key]) != released]
+    return found + (["reduce_bucket_size"] if zero["reduce_bucket_size"] < largest else [])
 
 
 def load(path: str) -> dict[str, Any]:
@@ -134,9 +171,6 @@ def resolve(values: dict[str, Any], source: str, recipe: Recipe, world_size: int
     stage = take(zero, "stage", 3)
     if stage not in (1, 2, 3):
         raise UserError(f"{source}: zero_optimization.stage {stage!r}: use 1, 2 or 3")
-    for key, value in _SIZE_BLIND.items():
-        if key in zero or stage == 3:
-            zero[key] = take(zero, key, value)
     zero["stage"] = stage
     autocast = bool(take(values.get("torch_autocast", {}), "enabled", False))
     bf16 = bool(take(values.get("bf16", {}), "enabled", torch.cuda.is_available() and not autocast))

@@ -7,7 +7,6 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups, safe_get_full_fp32_param, set_z3_leaf_modules
 from torch import Tensor
 
@@ -23,8 +22,11 @@ from ufo_ds.parallel.batches import exchange_samples
 from ufo_ds.parallel.config import DistributedConfig, decides_by_size
 from ufo_ds.parallel.experts import mark_experts, parallelize
 from ufo_ds.parallel.optimizers import OPTIMIZERS
+from ufo_ds.parallel.order import OrderedReduction, gather_in_order
 from ufo_ds.parallel.placement import place, work_of
+from ufo_ds.parallel.rank_model import Calls
 from ufo_ds.parallel.shards import parameter_slices
+from ufo_ds.parallel.sizes import sizes_of_ranks, smallest_memory
 from ufo_ds.recipe import Recipe
 
 
@@ -77,17 +79,20 @@ class Engine:
     # --- construction ---------------------------------------------------------------------------------------------
 
     def _initialize(self) -> deepspeed.DeepSpeedEngine:
-        config = dict(self.config.deepspeed)
-        zero = config["zero_optimization"] = dict(config["zero_optimization"])
-        if zero.get("reduce_bucket_size", "auto") == "auto":
-            # One bucket for the whole model: where ranks hold different sizes, buckets would fill at different times.
-            size = torch.tensor(sum(p.numel() for p in self.model.parameters()), device=_device())
-            dist.all_reduce(size, op=dist.ReduceOp.MAX)
-            zero["reduce_bucket_size"] = int(size)
+        self.sizes_agree, elements = sizes_of_ranks([p.numel() for p in self.model.parameters()])
+        self.config = self.config.sized(self.sizes_agree, elements, smallest_memory())
         # Ranks hold heads of different kinds at the same place. As a leaf a head is gathered whole, and ZeRO-3 sees
         # its number of parameters, the same for all kinds, but not how they are spread inside.
         set_z3_leaf_modules(self.model, [TaskHead])
-        engine, *_ = deepspeed.initialize(model=self.model, optimizer=self.optimizer, config=config)
+        engine, *_ = deepspeed.initialize(
+            model=self.model, optimizer=self.optimizer, config=dict(self.config.deepspeed)
+        )
+        if self.config.stage == 3:
+            gather_in_order(self.model.parameters())
+        # Backwards, but the router is used from the first layer on.
+        named, calls = list(self.model.named_parameters())[::-1], Calls(self.model)
+        named.sort(key=lambda item: item[0].startswith("router."))
+        OrderedReduction(engine.optimizer, [p for _, p in named], [p for name, p in named if calls.of(name)])
         return engine
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
@@ -106,14 +111,15 @@ class Engine:
         """
         optimizer = self.deepspeed.optimizer
         sizes = [int(getattr(p, "ds_numel", p.numel())) for p in self.model.parameters()]
+        alike, largest = sizes_of_ranks(sizes)
         counts = {
             "modules": len(list(self.model.modules())),
             "parameters": len(sizes),
             "parameter groups": len(optimizer.param_groups),
             "sub-groups": len(optimizer.fp16_groups) if self.config.stage == 3 else 0,
         }
-        everyone = ranks.from_all((counts, sum(sizes), hash(tuple(sizes))))
-        numbers = {key: sorted({of_rank[0][key] for of_rank in everyone}) for key in counts}
+        everyone = ranks.from_all(counts)
+        numbers = {key: sorted({of_rank[key] for of_rank in everyone}) for key in counts}
         zero = self.config.deepspeed["zero_optimization"]
         if len(of_all := numbers.pop("sub-groups")) > 1:
             raise UserError(
@@ -123,8 +129,8 @@ class Engine:
             )
         if any(len(of_all) > 1 for of_all in numbers.values()):
             raise RuntimeError(f"ranks differ in their numbers of modules, parameters or groups: {numbers}")
-        if len({of_rank[2] for of_rank in everyone}) > 1:
-            for key in decides_by_size(zero, max(of_rank[1] for of_rank in everyone)):
+        if not alike:
+            for key in decides_by_size(zero, largest):
                 raise UserError(
                     f"zero_optimization.{key} {zero[key]} of the DeepSpeed JSON: it goes by the sizes of parameters, "
                     f'and ranks hold parameters of different sizes: use "auto"'
@@ -263,8 +269,3 @@ class Engine:
         decided = self.model.decided_routes(own)
         self.model.set_routes(decided)
         return decided
-
-
-def _device() -> torch.device:
-    accelerator = get_accelerator()
-    return torch.device(accelerator.current_device_name())

@@ -18,7 +18,7 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from ufo_ds.model.classifiers import HolderGroup, parts
+from ufo_ds.model.classifiers import HolderGroup, spread
 from ufo_ds.model.experts import RoutedUnit, TaskExperts
 from ufo_ds.model.heads import Mix, Moment, Outputs, TaskHead, TaskHeads
 from ufo_ds.model.packing import Segment, concatenate, overlap, split
@@ -110,7 +110,9 @@ class ExpertParallelHeads(_ExpertParallel):
     """The heads of this rank's tasks; stands in for :class:`TaskHeads`.
 
     Where one expert-parallel rank has a sharded head, all have one in that slot, wanted or not: DeepSpeed's collectives
-    over parameters that are spread differently would not meet. What a head computes does not depend on it.
+    over parameters that are spread differently would not meet. And all heads of a slot, empty ones too, are padded to
+    the sizes of the largest: where ranks have parameters of the same sizes ZeRO may decide by them. What a head
+    computes depends on neither.
     """
 
     def __init__(
@@ -124,6 +126,8 @@ class ExpertParallelHeads(_ExpertParallel):
             head = getattr(self, slot)
             assert isinstance(head, TaskHead)
             head.set_group(holders(placement.first.get(slot, 0)), sharded=i in sharded)
+            rows, entries = slot_sizes(modules, placement, i)
+            head.pad(-(-rows // placement.replicas) if i in sharded else rows, entries)
 
     def forward(
         self,
@@ -165,6 +169,17 @@ class ExpertParallelHeads(_ExpertParallel):
         weight_B, _ = self.exchange.dispatch(torch.cat([pair[1] for pair in pairs]), segments)
         both = zip(local, split(labels_B, local), split(weight_B, local), strict=True) if local else []
         return {s.task: (of_labels, of_weight) for s, of_labels, of_weight in both if s.task in mixes}
+
+
+def slot_sizes(heads: nn.ModuleDict, placement: Placement, slot: int) -> tuple[int, int]:
+    """Classes, and entries of the vector, of the largest heads in a slot of any expert-parallel rank."""
+    sizes = []
+    for tasks in placement.tasks_of:
+        if slot < len(tasks):
+            head = heads[tasks[slot]]
+            assert isinstance(head, TaskHead)
+            sizes.append((head.classifier.num_classes, head.entries))
+    return max(rows for rows, _ in sizes), max(entries for _, entries in sizes)
 
 
 def sharded_slots(placement: Placement, sharded: set[str]) -> set[int]:
@@ -212,10 +227,10 @@ def expert_sizes(model: nn.Module, world_size: int) -> dict[str, int]:
     sizes = {}
     for prefix, module in model.named_modules():
         if isinstance(module, _ExpertParallel):
-            spread = parts(module)
+            of_this_rank = spread(module)
             for name, _ in module.named_parameters():
                 # A part of a classifier is on this rank alone, like an expert of as many ranks as there are.
-                sizes[f"{prefix}.{name}"] = world_size if name in spread else module.ep_size
+                sizes[f"{prefix}.{name}"] = world_size if name in of_this_rank else module.ep_size
     return sizes
 
 

@@ -18,10 +18,13 @@ PRECISION = 100_000  # of loads, parts of the whole
 
 @dataclass(frozen=True)
 class Work:
-    """What a task has to do: ``samples`` of a global micro-batch, ``flops`` of one of them."""
+    """What a task has to do: ``samples`` of a global micro-batch, ``flops`` of one of them; the ``classes`` of its
+    head, and whether that is ``sharded``."""
 
     samples: int
     flops: int
+    classes: int = 0
+    sharded: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ def work_of(recipe: Recipe, num_classes: Mapping[str, int], accumulation: int) -
     for task in recipe.tasks:
         head = head_cost(task, backbone.dim, num_classes[task.name]).flops
         flops = path_cost(backbone, task.input).flops + round(head * task.head.sampled_negatives)
-        work[task.name] = Work(task.samples_per_step // accumulation, flops)
+        samples = task.samples_per_step // accumulation
+        work[task.name] = Work(samples, flops, num_classes[task.name], task.head.sharded)
     return work
 
 
@@ -111,6 +115,9 @@ def place(work: Mapping[str, Work], world_size: int, ep_size: int | None) -> Pla
     stores of experts at stage 3 is ``slots x ep_size / world_size`` dense paths, for all sizes the same but for empty
     slots.
 
+    The tasks of a rank are in the order of their classes, those with sharded heads first: in a slot, whose heads all
+    take the room of the largest, are then heads of similar sizes.
+
     Args:
         work: of every task, in the recipe's order.
         ep_size: a divisor of ``world_size``.
@@ -119,6 +126,7 @@ def place(work: Mapping[str, Work], world_size: int, ep_size: int | None) -> Pla
     # Rounded, so that tasks that differ in some classes of their heads only are equal, and the search is short.
     loads = [round(of_task.samples * of_task.flops / total * PRECISION) for of_task in work.values()]
     parts = _most_parts(loads, world_size) if ep_size is None else partition(loads, ep_size)
+    parts = [sorted(part, key=lambda i: (not work[tasks[i]].sharded, -work[tasks[i]].classes)) for part in parts]
     replicas = world_size // len(parts)
     first: dict[str, int] = {}
     for part in parts:  # where replicas do not divide a task's samples, those left over are dealt in turn

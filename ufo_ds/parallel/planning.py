@@ -12,11 +12,11 @@ from ufo_ds.model.cost import head_cost, path_cost
 from ufo_ds.model.spec import UNITS, routes_of
 from ufo_ds.parallel import config as configs
 from ufo_ds.parallel.config import DistributedConfig
-from ufo_ds.parallel.machines import SHARE_OF_LINK, Gpu, usable_bytes
+from ufo_ds.parallel.machines import GIB, SHARE_OF_LINK, Gpu, usable_bytes
 from ufo_ds.parallel.placement import Placement
 from ufo_ds.parallel.rank_model import RankModel, RankModels
 from ufo_ds.parallel.traffic import Traffic, rank_traffic
-from ufo_ds.parallel.zero_memory import Memory, memory, reduction_bucket, refuse_uncounted
+from ufo_ds.parallel.zero_memory import Memory, memory, refuse_uncounted, sized
 from ufo_ds.recipe import Recipe
 from ufo_ds.subnets.activations import PRECISIONS, kept_by_head, kept_per_image
 
@@ -208,9 +208,7 @@ class Planner:
         return max(held.peak for held in memories) <= usable_bytes(self.gpu)
 
     def _config(self, world_size: int, values: dict[str, Any]) -> DistributedConfig:
-        config = configs.resolve(values, self.source, self.recipe, world_size)
-        refuse_uncounted(config, self.source)
-        return config
+        return configs.resolve(values, self.source, self.recipe, world_size)
 
     def _samples(self, config: DistributedConfig) -> dict[str, int]:
         """Of every task in a micro-batch."""
@@ -223,14 +221,15 @@ class Planner:
         config = self._config(world_size, values)
         placement = self.models.placement(world_size, config.ep_size, config.accumulation)
         models = self.models.of(placement)
-        bucket = reduction_bucket(config, models)
+        config = sized(config, models, int(self.gpu.memory * GIB))
+        refuse_uncounted(config, self.source, max(sum(p.numel for p in model.parameters) for model in models))
         held = []
         for ep_rank, model in enumerate(models):
             kept = max(
                 self._activations(config, placement, model, rank)
                 for rank in range(ep_rank, world_size, placement.ep_size)
             )
-            held.append(memory(model, config, self.recipe.optimizer, bucket, kept))
+            held.append(memory(model, config, self.recipe.optimizer, kept))
         return config, placement, models, held
 
     def _activations(self, config: DistributedConfig, placement: Placement, model: RankModel, rank: int) -> int:
@@ -249,8 +248,8 @@ class Planner:
                         total += nbytes * (before if route == "shared" else here)
         for name, head in zip(model.tasks, model.heads, strict=False):
             task = next(task for task in self.recipe.tasks if task.name == name)
-            images = samples[name] if head.classifier.part is not None else len(owned[name])
-            rows = len(head.classifier.weight)
+            images = samples[name] if head.classifier.is_spread else len(owned[name])
+            rows = len(head.classifier.rows)
             total += kept_by_head(task, self.recipe.model.backbone.dim, images, rows, precision)
         return total
 

@@ -80,7 +80,7 @@ class RankModels:
         self._own = [(unit, unit.own) for unit in units]
         self._heads = self.model.heads
         self.whole = whole_parameters(self.model)
-        self._calls = _Calls(self.model)
+        self._calls = Calls(self.model)
         self._known: dict[tuple[int, tuple[tuple[str, ...], ...]], list[RankModel]] = {}
 
     def placement(self, world_size: int, ep_size: int | None, accumulation: int) -> Placement:
@@ -130,7 +130,7 @@ class RankModels:
         return RankModel(placement.tasks_of[ep_rank], heads, tuple(held), buffers)
 
 
-class _Calls:
+class Calls:
     """How often the copies of a unit are called in training, which depends on the routes of all tasks."""
 
     def __init__(self, model: Supernet):
@@ -140,7 +140,9 @@ class _Calls:
 
     def of(self, name: str) -> int:
         address = address_of(name)
-        if address.unit in ("head", "neck", "router"):
+        if address.unit == "router":
+            return int(any(LEARNED in layers for of_task in self.routes.values() for layers in of_task.values()))
+        if address.unit in ("head", "neck"):
             return 1
         kinds = {of_task[address.unit][address.layer] for of_task in self.routes.values()}
         copies = {SHARED: address.owner is None, OWN: address.owner is not None}

@@ -43,15 +43,16 @@ def parameter_slices(engine: "Engine") -> Iterator[Slice]:
     parts = classifiers.parts(engine.model)
     holders = groups._get_expert_data_parallel_group(f"ep_size_{engine.placement.ep_size}")
     for piece in _slices(engine):
-        if (part := parts.get(piece.name)) is not None:  # rows of a matrix, then padding
-            start, width = part.rows.start * part.shape[1], len(part.rows) * part.shape[1]
-            length = max(0, min(piece.length, width - piece.start))
+        if (part := parts.get(piece.name)) is not None:  # rows of a head's parameter, then padding
+            row = part.shape[1:].numel()
+            start, size = part.rows.start * row, len(part.rows) * row
+            length = max(0, min(piece.length, size - piece.start))
             piece = replace(piece, shape=tuple(part.shape), start=start + piece.start, length=length, group=holders)
         yield piece
 
 
 def _slices(engine: "Engine") -> Iterator[Slice]:
-    """The same, but a part of a matrix is counted from its own first row on, padding included."""
+    """The same, but a part of a parameter is counted from its own first row on, padding included."""
     optimizer = engine.deepspeed.optimizer
     parameter: Any  # with DeepSpeed's attributes
     if engine.config.stage == 3:

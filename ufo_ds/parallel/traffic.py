@@ -7,6 +7,8 @@ are single numbers, such as norms of gradients, and the first steps, in which De
 With ``exchange: layer`` learned routes count as if all were own.
 """
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -96,9 +98,16 @@ def _zero(links: _Links, model: RankModel, config: DistributedConfig) -> None:
             links.ring("all-gather", ranks, aligned(group) * element)
         return
     _, kept = gathers(model, config)
+    units = Counter[str]()
+    for p in model.parameters:
+        units[_unit(p)] += p.numel if p.calls else 0
 
     def times(parameter: Held) -> int:
-        return 1 if parameter.module in kept else parameter.calls + 1  # and in the backward pass
+        if parameter.module in kept:
+            return 1
+        # Between the calls of a unit's copy are those of its other ones.
+        stays = units[_unit(parameter)] < config.deepspeed["zero_optimization"]["stage3_max_reuse_distance"]
+        return (1 if stays else parameter.calls) + 1  # and in the backward pass
 
     for group in partition_groups(p for p in model.parameters if p.calls):
         ranks = links.holders(group[0].experts)
@@ -106,6 +115,10 @@ def _zero(links: _Links, model: RankModel, config: DistributedConfig) -> None:
         reduced = sum(p.padded * wire_bytes(p, config) for p in group)
         links.ring("all-gather", ranks, gathered * config.accumulation)
         links.ring("reduce-scatter", ranks, reduced * config.accumulation)
+
+
+def _unit(parameter: Held) -> str:
+    return re.split(r"\.(?:own|shared)\.", parameter.name)[0]
 
 
 def _exchange(links: _Links, recipe: Recipe, config: DistributedConfig, samples: dict[str, int]) -> None:
@@ -156,7 +169,7 @@ def _heads(links: _Links, model: RankModel, config: DistributedConfig, samples: 
         total = samples[model.tasks[slot]]
         first = placement.first[model.tasks[slot]]
         counts = [len(share(range(total), placement.replicas, i, first)) for i in range(placement.replicas)]
-        sharded = head.classifier.part is not None
+        sharded = head.classifier.is_spread
         if head.loss.triplet is not None:
             _gather_rows(links, ranks, counts, part, dim * FP32, times)
             _gather_rows(links, ranks, counts, part, LABEL, times, backward=False)

@@ -7,7 +7,6 @@ precision.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -76,8 +75,11 @@ class Memory:
         return self.resident + max(self.phases.values())
 
 
-def refuse_uncounted(config: DistributedConfig, source: str) -> None:
+def refuse_uncounted(config: DistributedConfig, source: str, elements: int) -> None:
     """
+    Args:
+        config: :func:`sized`; ``elements``: of all parameters of a rank.
+
     Raises:
         UserError: a key of the DeepSpeed JSON whose effect is not modelled.
     """
@@ -88,12 +90,20 @@ def refuse_uncounted(config: DistributedConfig, source: str) -> None:
     }
     for key, value in found.items():
         raise UserError(f"{source}: a plan does not count {key} {value!r}: remove it for the plan")
+    if config.stage == 3 and zero["stage3_prefetch_bucket_size"]:
+        distance, live = zero["stage3_max_reuse_distance"], zero["stage3_max_live_parameters"]
+        if distance < 2 * min(live, elements):
+            raise UserError(
+                f"{source}: a plan does not count what stays whole where zero_optimization.stage3_max_reuse_distance, "
+                f'{distance}, is less than twice stage3_max_live_parameters, {live}: change one, or say "auto"'
+            )
 
 
-def reduction_bucket(config: DistributedConfig, models: Sequence[RankModel]) -> int:
-    """Elements of DeepSpeed's reduction bucket; ``auto`` is the largest rank's whole model, as in the engine."""
-    size = config.deepspeed["zero_optimization"].get("reduce_bucket_size", "auto")
-    return max(sum(p.numel for p in model.parameters) for model in models) if size == "auto" else int(size)
+def sized(config: DistributedConfig, models: Sequence[RankModel], gpu_memory: int | None) -> DistributedConfig:
+    """With the values that an engine of these models, of all expert-parallel ranks, would choose; ``gpu_memory`` in
+    bytes."""
+    sizes = [tuple(p.numel for p in model.parameters) for model in models]
+    return config.sized(len(set(sizes)) == 1, max(map(sum, sizes)), gpu_memory)
 
 
 def state_tensors(options: Optimizer) -> int:
@@ -120,7 +130,9 @@ def gathers(model: RankModel, config: DistributedConfig) -> tuple[dict[str, int]
     """Elements of every module that is gathered (ZeRO-3), in the order of the forward pass, and those that stay whole
     from there to the backward pass.
 
-    DeepSpeed keeps a module if fewer than ``stage3_max_reuse_distance`` elements are used until it comes again.
+    DeepSpeed keeps a module if fewer than ``stage3_max_reuse_distance`` elements are used until it comes again. What it
+    fetches ahead while that is there already would be kept too: with ``stage3_max_live_parameters`` of at most half the
+    distance there is none such.
     """
     padded: dict[str, int] = {}
     passed: dict[str, int] = {}
@@ -138,8 +150,38 @@ def gathers(model: RankModel, config: DistributedConfig) -> tuple[dict[str, int]
     return padded, kept
 
 
-def memory(model: RankModel, config: DistributedConfig, options: Optimizer, bucket: int, activations: int) -> Memory:
-    """What a rank with this model holds; ``bucket`` from :func:`reduction_bucket`, ``activations`` in bytes."""
+def largest_reduction(model: RankModel, config: DistributedConfig) -> int:
+    """Elements, padding included, of the largest collective that reduces gradients.
+
+    They fill a bucket in reverse order, one for each type, until it has no room for the next. At stage 3 those of
+    another group of ranks begin a new one; at 1 and 2 the groups of a bucket are reduced one after the other.
+    """
+    bucket, largest = config.deepspeed["zero_optimization"]["reduce_bucket_size"], 0
+    used = [p for p in reversed(model.parameters) if p.calls]
+    for wire in {wire_bytes(p, config) for p in used}:
+        filled, by_group = 0, dict[int, int]()
+        for p in (p for p in used if wire_bytes(p, config) == wire):
+            if filled + p.numel > bucket or (config.stage == 3 and p.experts not in by_group):
+                filled, by_group = 0, {}
+            filled += p.numel
+            by_group[p.experts] = by_group.get(p.experts, 0) + (p.padded if config.stage == 3 else p.numel)
+            largest = max(largest, by_group[p.experts])
+    return largest
+
+
+def largest_step(groups: Iterable[Sequence[Held]], sub_group_size: int) -> int:
+    """Elements that the optimizer steps at once at stage 3: parameters of a group until they are as many."""
+    largest = 0
+    for group in groups:
+        elements = 0
+        for p in group:
+            elements = p.part if elements >= sub_group_size else elements + p.part
+            largest = max(largest, elements)
+    return largest
+
+
+def memory(model: RankModel, config: DistributedConfig, options: Optimizer, activations: int) -> Memory:
+    """What a rank with this model holds; ``config``: :func:`sized`, ``activations`` in bytes."""
     zero, precision = config.deepspeed["zero_optimization"], PRECISIONS[config.precision]
     element, groups = precision.parameter, partition_groups(model.parameters)
     if config.stage == 3:
@@ -150,6 +192,9 @@ def memory(model: RankModel, config: DistributedConfig, options: Optimizer, buck
         gathered = sum(size for name, size in padded.items() if name in kept) * element
         if len(kept) < len(padded):
             gathered += largest_gather
+            if zero["stage3_prefetch_bucket_size"]:  # which goes on until as many are live, the last one on top
+                live = zero["stage3_max_live_parameters"] + max(p.padded for p in model.parameters)
+                gathered = min(max(gathered, live * element), sum(padded.values()) * element)
     else:
         parts = [aligned(group) // group[0].holders for group in groups]
         whole = sum(aligned(group) for group in groups)
@@ -157,14 +202,12 @@ def memory(model: RankModel, config: DistributedConfig, options: Optimizer, buck
     wire = {wire_bytes(p, config) for p in model.parameters}  # one bucket for each; ZeRO-1 and 2 keep both in fp32
     buffers = sum(wire) if config.stage == 3 else len(wire) * element
     double = 2 if config.stage < 3 and zero.get("overlap_comm") else 1
-    runs = groupby((p for p in reversed(model.parameters) if p.calls), key=lambda p: (p.experts, wire_bytes(p, config)))
-    longest = max(sum(p.padded if config.stage == 3 else p.numel for p in run) for _, run in runs)
-    step = max(min(size, zero["sub_group_size"]) if config.stage == 3 else size for size in parts)
+    step = largest_step(groups, zero["sub_group_size"]) if config.stage == 3 else max(parts)
     return Memory(
         parameters=whole * element,
         master=sum(parts) * FP32,
         gradients=sum(parts) * element,
-        reduction_buffer=bucket * buffers * double,
+        reduction_buffer=zero["reduce_bucket_size"] * buffers * double,
         optimizer_state=sum(parts) * FP32 * state_tensors(options),
         averages=sum(parts) * FP32 if options.average is not None else 0,
         buffers=model.buffers * FP32,
@@ -173,7 +216,7 @@ def memory(model: RankModel, config: DistributedConfig, options: Optimizer, buck
         gathered=gathered,
         largest_gather=largest_gather,
         whole_gradients=sum(p.numel for p in model.parameters if p.calls) * element if config.stage == 1 else 0,
-        reduction_copy=min(longest, bucket) * element,
+        reduction_copy=largest_reduction(model, config) * element,
         step_copy=step * (FP32 if element == FP32 else FP32 + element),
     )  # fmt: skip
 

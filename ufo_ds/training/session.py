@@ -47,7 +47,7 @@ def train(recipe: Recipe, config: DistributedConfig, run_dir: Path) -> dict[str,
 
             start_values = pretrained_values(recipe)
         engine = Engine(recipe, config, num_classes, pretrained=start_values)
-        directory = _open(run_dir, recipe, config, engine)
+        directory = _open(run_dir, recipe, engine)
         loaded = checkpoint.load(engine, last) if last is not None else None
         start, metrics, balance = (loaded.step, loaded.metrics, loaded.balance) if loaded is not None else (0, {}, {})
         if rank == 0:
@@ -71,12 +71,12 @@ def train(recipe: Recipe, config: DistributedConfig, run_dir: Path) -> dict[str,
     return metrics
 
 
-def _open(run_dir: Path, recipe: Recipe, config: DistributedConfig, engine: Engine) -> RunDirectory | None:
+def _open(run_dir: Path, recipe: Recipe, engine: Engine) -> RunDirectory | None:
     """Rank 0 holds the directory; if it cannot, all ranks fail alike."""
     directory, problem = None, None
     if engine.rank == 0:
         try:
-            directory = RunDirectory(run_dir, recipe, config.deepspeed, recipe.logging.tensorboard)
+            directory = RunDirectory(run_dir, recipe, engine.config.deepspeed, recipe.logging.tensorboard)
         except UserError as error:
             problem = str(error)
     problem = ranks.from_first(problem)
@@ -94,6 +94,11 @@ def _announce(engine: Engine, sources: dict[str, TrainSource], run_dir: Path, st
         f"ZeRO-{config.stage}, {config.precision}, exchange {config.exchange}, "
         f"gradient accumulation {config.accumulation}, busiest rank {imbalance(placement, engine.work):.3f} of the mean"
     )
+    if not engine.sizes_agree:
+        print(
+            "no communication behind computation: own patch or position embeddings are of different sizes on different "
+            "ranks, as their tasks' inputs are; with the embedding shared, or one input size, there would be"
+        )
     reads = [engine.reads_of(rank)(engine.samples) for rank in range(engine.world_size)]
     for line in split_table(sources, placement, reads, config.accumulation, recipe.data.workers):
         print(f"  {line}", flush=True)
