@@ -175,9 +175,8 @@ def test_going_on_behind_damage(recipe, uninterrupted, tmp_path):
     assert "going on from step 21" in output
     assert recorded(run) == recorded(uninterrupted)
     assert weights(run, STEPS) == weights(uninterrupted, STEPS)
-    assert contents(newest.with_name(f"damaged-{newest.name}")).values() == {
-        path: data for path, data in before.items() if newest.name in path and "checkpoints" in path
-    }.values()
+    for file in newest.with_name(f"damaged-{newest.name}").iterdir():  # kept as it was
+        assert file.read_bytes() == before[str(newest / file.name)]
     assert "going on from step 24" in finish(training(2, recipe, run, *more, "--checkpoint.damaged", "set_aside"))
 
 

@@ -119,6 +119,11 @@ class Saver:
         return outcome[0]
 
     @property
+    def writing(self) -> bool:
+        """Whether this rank still has to do with a checkpoint."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
     def failed(self) -> bool:
         """Whether a checkpoint is known, to this rank as yet, not to have been written."""
         return self._error is not None or self._raised is not None
