@@ -18,8 +18,8 @@ from tests.distributed.test_training import recorded, weights
 from ufo_ds import checkpoint
 from ufo_ds.parallel.checkpoint import newest_whole
 
-STEPS = 24
-LONGER = ["--schedule.steps", str(STEPS), "--checkpoint.every", "3"]
+STEPS, EVERY = 24, 3
+LONGER = ["--schedule.steps", str(STEPS), "--checkpoint.every", str(EVERY)]
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +47,27 @@ def contents(directory: Path) -> dict[str, bytes]:
 # --- killed -----------------------------------------------------------------------------------------------------------
 
 
+def begun_after(moment: float, path: Path) -> bool:
+    try:
+        return path.stat().st_mtime > moment  # not what a killed run left
+    except FileNotFoundError:
+        return False
+
+
 def kill_somewhere(draw: random.Random, recipe: Path, run: Path) -> tuple[str, float]:
-    """Start, kill one rank at a random moment; the kind of moment, and the seconds until the others were at an end."""
-    moment = draw.choice(["starting", "training", "saving", "saving"])
-    unfinished, metrics = run / "checkpoints", run / "metrics.jsonl"
-    before = len(metrics.read_text().splitlines()) if metrics.exists() else 0
-    ranks, steps = training(2, recipe, run, *LONGER), draw.randint(1, 8)
+    """Start, kill one rank at a random moment; the moment, and the seconds until the other one was at an end."""
+    moment, metrics = draw.choice(["start", "step", "saving", "saving"]), run / "metrics.jsonl"
+    whole, _ = newest_whole(run / "checkpoints")
+    step = (int(whole.name[5:]) if whole else 0) + draw.randint(1, 6)
+    before = metrics.stat().st_ino if metrics.exists() else None
+    started, ranks = time.time(), training(2, recipe, run, *LONGER)
     ranks.wait_for(lambda: "ZeRO-3" in ranks.output())
-    if moment == "training":  # what was recorded behind the checkpoint is dropped first
-        ranks.wait_for(lambda: len(metrics.read_text().splitlines()) != before if metrics.exists() else False)
-        wanted = len(metrics.read_text().splitlines()) + steps
-        ranks.wait_for(lambda: len(metrics.read_text().splitlines()) >= wanted)
+    if moment == "step":  # in a new file: that of the start before is replaced
+        ranks.wait_for(lambda: metrics.exists() and metrics.stat().st_ino != before)
+        ranks.wait_for(lambda: f'"step": {step}, "kind": "train"' in metrics.read_text())
     if moment == "saving":
-        ranks.wait_for(lambda: any(unfinished.glob(".step-*.tmp")))
+        step = -(-step // EVERY) * EVERY
+        ranks.wait_for(lambda: begun_after(started, run / "checkpoints" / f".step-{step:08d}.tmp"))
     time.sleep(draw.uniform(0.0, 0.2))
     victim = draw.randrange(2)
     ranks.send(signal.SIGKILL, victim)
@@ -68,7 +76,7 @@ def kill_somewhere(draw: random.Random, recipe: Path, run: Path) -> tuple[str, f
     assert None not in status, (moment, victim, ranks.output()[-2000:])
     if status[victim] == -signal.SIGKILL and status[1 - victim]:
         assert "lost another rank" in ranks.logs[1 - victim].read_text()
-    return moment, time.monotonic() - began
+    return f"{moment} {step}, status {status}", time.monotonic() - began
 
 
 def survive(seed: int, kills: int, recipe: Path, uninterrupted: Path, run: Path) -> None:
