@@ -18,7 +18,7 @@ from ufo_ds.data.source import TrainSource
 from ufo_ds.errors import UserError
 from ufo_ds.parallel.placement import Work, place
 from ufo_ds.recipe import Recipe
-from ufo_ds.training.run_directory import resume_from
+from ufo_ds.training.run_directory import check_resume
 from ufo_ds.training.split_table import split_table
 
 # --- whole numbers ----------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def test_a_run_keeps_the_counts_it_found(tmp_path: Path) -> None:
     assert "going on from step 1" in train(1, recipe, run, *more, "--schedule.steps", "2")
     other = recipe_file.load(str(recipe), [*changes, ("data.temperature", "1")])
     with pytest.raises(UserError, match=r"another recipe: tasks.colours.samples_per_step was 10, is 8: "):
-        resume_from(run, with_counts(other, {"colours": 24, "stripes": 36}, 1))
+        check_resume(run, with_counts(other, {"colours": 24, "stripes": 36}, 1), run / "checkpoints/step-00000002", {})
 
 
 # --- table ------------------------------------------------------------------------------------------------------------

@@ -10,13 +10,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from ufo_ds.errors import UserError
@@ -25,6 +25,7 @@ from ufo_ds.recipe_file import parse
 
 INDEX = "index.json"
 VERSION = 1
+CHUNK = 1 << 24  # bytes written at a time
 AVERAGE = "average"  # the kind that holds moving averages, of parameters and of buffers
 
 
@@ -48,35 +49,49 @@ class Index:
     routes: dict[str, dict[str, list[str]]]
     router: dict[str, Any] = field(default_factory=dict)  # what it remembers of its past
     balance: dict[str, Any] = field(default_factory=dict)  # what rates of sampling so far and to come follow from
+    guard: dict[str, Any] = field(default_factory=dict)  # what steps were like, and which were left out
     licences: dict[str, list[str]] = field(default_factory=dict)  # per task, of the images it was trained on
     metrics: dict[str, float] = field(default_factory=dict)
     files: list[dict[str, Any]] = field(default_factory=list)  # name, bytes, sha256
     parameters: dict[str, Parameter] = field(default_factory=dict)
     buffers: dict[str, int] = field(default_factory=dict)  # name -> file number
     version: int = VERSION
+    sha256: str = ""  # of all of the above, as JSON; "" where it was written before there was one
+
+
+class Damaged(UserError):
+    """A checkpoint that is not as it was written; ``fault`` names the file and what is wrong with it."""
+
+    def __init__(self, fault: str):
+        super().__init__(f"{fault}: restore it, or name another checkpoint")
+        self.fault = fault
 
 
 class Reader:
     """Reads tensors, or ranges of them, of one checkpoint.
 
     Raises:
-        UserError: the directory is no checkpoint of this version, or a file has not the size the index says.
+        Damaged: there is no index or it is not as it was written, or a file has not the size it says.
+        UserError: of another version.
     """
 
     def __init__(self, directory: Path):
         self.directory = directory
         try:
             values = json.loads((directory / INDEX).read_text())
+            written = {**values, "sha256": ""}
             parameters = {name: Parameter(**p) for name, p in values.pop("parameters").items()}
             self.index = Index(parameters=parameters, **values)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{directory} is no checkpoint: {error}") from None
+            raise Damaged(f"{directory} is no checkpoint: {INDEX}: {error}") from None
         if self.index.version != VERSION:
             raise UserError(f"{directory}: version {self.index.version}, expected {VERSION}: train again")
+        if self.index.sha256 and self.index.sha256 != hashlib.sha256(json.dumps(written).encode()).hexdigest():
+            raise Damaged(f"{directory / INDEX} changed since it was written")
         for entry in self.index.files:
             path = directory / entry["name"]
             if not path.is_file() or path.stat().st_size != entry["bytes"]:
-                raise UserError(f"{path} is missing or cut short: delete {directory} to go on from the one before")
+                raise Damaged(f"{path} is missing or cut short")
         self._files: dict[int, Any] = {}
 
     @property
@@ -115,12 +130,12 @@ class Reader:
         """Compare checksums of every ``parts``-th file.
 
         Raises:
-            UserError: naming the file that changed since it was written.
+            Damaged: naming the file that changed since it was written.
         """
         for entry in self.index.files[part::parts]:
             path = self.directory / entry["name"]
             if sha256(path) != entry["sha256"]:
-                raise UserError(f"{path} changed since it was written: delete {self.directory} to use the one before")
+                raise Damaged(f"{path} changed since it was written")
 
 
 def average_of(buffer: str) -> str:
@@ -191,7 +206,10 @@ def publish(unfinished: Path, index: Index, files: Iterable[dict[str, Any]]) -> 
             position += length
         if position != torch.Size(parameter.shape).numel():
             raise RuntimeError(f"checkpoint: {name} ends at element {position} of {parameter.shape}")
-    write_text(unfinished / INDEX, json.dumps(asdict(index)))
+    values = json.loads(json.dumps({**asdict(index), "sha256": ""}))  # as it will be read
+    values["sha256"] = hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    write_text(unfinished / INDEX, json.dumps(values))
+    _sync_directory(unfinished)
     final = unfinished.parent / name_of(index.step)
     if final.exists():
         shutil.rmtree(final)
@@ -215,11 +233,31 @@ def write_bytes(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def entry_of(path: Path) -> dict[str, Any]:
-    """Flush a written file to disk and describe it for the index."""
-    with path.open("rb") as file:
+def write_tensors(path: Path, shapes: Mapping[str, Sequence[int]], data: Tensor) -> dict[str, Any]:
+    """Write fp32 tensors that lie one behind the other in ``data``, on the CPU, as a safetensors file, without copying
+    them; its entry for the index. It is on disk when this returns.
+
+    The file: length of the header as u64, header (JSON, padded to 8 bytes), data
+    (https://huggingface.co/docs/safetensors).
+    """
+    header, end = {}, 0
+    for key, shape in shapes.items():
+        start, end = end, end + 4 * torch.Size(shape).numel()
+        header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(head)
+    content: Any = data.view(torch.uint8).numpy()
+    with path.open("wb") as file:
+        file.write(head)
+        for start in range(0, len(content), CHUNK):
+            chunk = content[start : start + CHUNK]
+            digest.update(chunk)
+            file.write(chunk)
+        file.flush()
         os.fsync(file.fileno())
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
+    return {"name": path.name, "bytes": len(head) + len(content), "sha256": digest.hexdigest()}
 
 
 def sha256(path: Path) -> str:
@@ -231,6 +269,3 @@ def _sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-
-
-WRITE_ERRORS = (OSError, SafetensorError)

@@ -206,6 +206,16 @@ class Optimizer:
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
+class Guard:
+    """Steps whose loss or gradient is not finite are left out, on all ranks: nothing of the model changes, the schedule
+    goes on."""
+
+    # So are those whose loss or gradient norm is more than so many times its median over the last 100 steps.
+    spike: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    patience: Positive = 20  # steps left out in a row after which training stops
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
 class Schedule:
     """Linear warm-up to ``optimizer.lr``, then half a cosine down to ``min_lr``."""
 
@@ -225,6 +235,9 @@ class Evaluation:
 class Checkpoint:
     every: Positive = 1000  # steps
     keep: Positive = 2  # newest ones kept, beside the best
+    # Where a run goes on whose newest checkpoint is damaged: stop, with a line that names the newest whole one; or set
+    # the damaged one aside, renamed to damaged-step-..., and go on from that.
+    damaged: Literal["stop", "set_aside"] = "stop"
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
@@ -243,6 +256,7 @@ class Recipe:
     tasks: Annotated[list[Task], Field(min_length=1)]
     schedule: Schedule
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    guard: Guard = dataclasses.field(default_factory=Guard)
     data: Data = dataclasses.field(default_factory=Data)
     evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)

@@ -1,6 +1,7 @@
 """How the tasks' gradients get on with each other on the parameters they share (Yu et al., 2020, PCGrad: a conflict is
 a negative cosine)."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,8 @@ def gradient_conflict(engine: "Engine", batches: Sequence[Batch]) -> dict[str, d
     dist.all_reduce(products_T3)
     found = {}
     for task, (square, product, others_square) in zip(engine.samples, products_T3.tolist(), strict=True):
+        if not math.isfinite(square + others_square):
+            continue
         found[task] = {"gradient_norm": square**0.5}
         if square * others_square > 0:
             found[task]["gradient_cosine"] = product / (square * others_square) ** 0.5
@@ -64,9 +67,11 @@ def _gradient(engine: "Engine", batches: Sequence[Batch], pieces: Sequence[Slice
         for batch in batches:
             engine.backward(batch)
             engine.deepspeed.step()
+        if engine.deepspeed.optimizer.overflow:  # not finite: the optimizer saw nothing of it
+            return weights.new_full((sum(piece.length for piece in pieces),), float("nan"))
     finally:
         engine.optimizer.watch, engine.task_weights = None, weights
-    engine.forget_gradients()
+        engine.forget_gradients()
     return torch.cat([element for found in by_flat.values() for element in found] or [weights.new_zeros(0)])
 
 
@@ -75,8 +80,9 @@ def _undisturbed(engine: "Engine") -> Iterator[None]:
     """Run steps that only look, and leave no trace."""
     kept: list[tuple[Any, str, Any]] = [(engine.deepspeed, name, getattr(engine.deepspeed, name)) for name in _COUNTERS]
     kept.append((engine.deepspeed.optimizer, "clip_grad", engine.deepspeed.optimizer.clip_grad))
+    kept.append((engine.guard, "watching", engine.guard.watching))
     buffers = [(buffer, buffer.clone()) for buffer in head_buffers(engine).values()]
-    engine.deepspeed.optimizer.clip_grad = 0.0
+    engine.deepspeed.optimizer.clip_grad, engine.guard.watching = 0.0, False
     try:
         yield
     finally:

@@ -21,6 +21,7 @@ from ufo_ds.parallel.averages import BufferAverages, averaged
 from ufo_ds.parallel.batches import exchange_samples
 from ufo_ds.parallel.config import DistributedConfig, decides_by_size
 from ufo_ds.parallel.experts import mark_experts, parallelize
+from ufo_ds.parallel.guard import Guard
 from ufo_ds.parallel.optimizers import OPTIMIZERS
 from ufo_ds.parallel.order import OrderedReduction, gather_in_order
 from ufo_ds.parallel.placement import place, work_of
@@ -68,9 +69,11 @@ class Engine:
         self.optimizer.prepare(slices, {piece.name: update_rule(piece.name, recipe) for piece in slices})
         self._planned: dict[str, dict[str, tuple[str, ...]]] = {}  # the routes that the optimizer's plans are for
         self.buffer_averages = BufferAverages(self)
+        self.guard = Guard(self, recipe.guard)
         self.device = self.deepspeed.device
         names = list(self.samples)
         owned = self.placement.tasks_of[self.placement.ep_rank(self.rank)]
+        self._weights_T = torch.tensor([task.weight for task in recipe.tasks], device=self.device)
         self._rows = [names.index(task) for task in owned]
         weights = [recipe.tasks[row].weight for row in self._rows]
         self.task_weights = torch.tensor(weights + [1.0] * (self.placement.slots - len(owned)), device=self.device)
@@ -152,16 +155,21 @@ class Engine:
         """The positions that this rank's loader reads of a micro-batch with the recipe's samples of every task."""
         return self.reads(self.samples)
 
-    def step(self, batches: Iterable[Batch], learning_rate: float) -> Tensor:
-        """One optimizer step over ``accumulation`` micro-batches.
+    def step(self, batches: Iterable[Batch], learning_rate: float, stop: bool = False) -> Tensor:
+        """One optimizer step over ``accumulation`` micro-batches; ``guard.left_out`` says whether it was left out.
+
+        Args:
+            stop: this rank cannot go on: no rank takes the step, and all learn of it in this way.
 
         Returns:
             This rank's part of the mean losses ``[tasks, len(LOSSES)]``, tasks in the recipe's order; the parts add
             up over ranks (:meth:`mean_losses`).
         """
         parts_TK = torch.zeros(len(self.samples), len(LOSSES), device=self.device)
+        self.guard.begin(stop)
         for batch in batches:
             parts_TK += self.backward(batch) / self.config.accumulation
+            self.guard.note((parts_TK.sum(1) * self._weights_T).sum())
             self.update(learning_rate)
         return parts_TK
 
@@ -189,7 +197,8 @@ class Engine:
             self.optimizer.leave_out(unused(names, self._planned, self.recipe.model.shared_samples))
         self.deepspeed.step()
         if last:
-            self.buffer_averages.update()
+            if self.guard.end():
+                self.buffer_averages.update()
             self.forget_gradients()
 
     def forget_gradients(self) -> None:

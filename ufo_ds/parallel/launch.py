@@ -3,8 +3,10 @@
 import fcntl
 import logging
 import os
+import signal
 import socket
 import struct
+import sys
 import warnings
 
 import torch
@@ -56,6 +58,12 @@ def init_distributed() -> tuple[int, int]:
     if not dist.is_initialized():
         deepspeed.init_distributed(verbose=False)
     return dist.get_rank(), dist.get_world_size()
+
+
+def leave_on_sigterm() -> None:
+    """From now on SIGTERM, with which launchers and Slurm end a job, ends this process as an exception does: a
+    checkpoint that is being written is finished first."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def finish_distributed() -> None:

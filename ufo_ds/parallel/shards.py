@@ -3,12 +3,13 @@
 Private names of DeepSpeed 0.19.8 (``runtime/zero/stage3.py``, ``stage_1_and_2.py``) are used here and nowhere else.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.utils import groups
 from torch import Tensor
 
@@ -92,6 +93,29 @@ def refresh_low_precision(engine: "Engine") -> None:
             persistent[0].all_gather(persistent)
     else:
         optimizer.update_lp_params()
+
+
+def weigh_gradient_norm(engine: "Engine", weight: Callable[[Tensor], Tensor]) -> None:
+    """From now on the norm by which DeepSpeed clips, and leaves out a step where it is not finite, is multiplied by
+    ``weight`` of the global norm."""
+    optimizer = engine.deepspeed.optimizer
+    if engine.config.stage == 3:
+        of_groups = optimizer._get_norm_groups
+
+        def weighted() -> list[Tensor]:
+            norms = of_groups()
+            factor = weight(combine_grad_norm_groups(norms))
+            return [norm * factor for norm in norms]
+
+        optimizer._get_norm_groups = weighted
+    else:
+        of_all = optimizer.scaled_global_norm
+
+        def weighted_global(norm_type: int = 2) -> Tensor:
+            norm = of_all(norm_type)
+            return norm * weight(norm)
+
+        optimizer.scaled_global_norm = weighted_global
 
 
 def make_state(engine: "Engine", flat: Tensor, key: str) -> Tensor:

@@ -130,4 +130,4 @@ class Balancer:
     def memory(self) -> dict[str, Any]:
         """What to store; every rank calls it."""
         sums = ranks.from_all(self.sums_T.tolist())
-        return {"counts": self.phases.counts, "first": self.first, "sums": sums}
+        return {"counts": list(self.phases.counts), "first": self.first, "sums": sums}

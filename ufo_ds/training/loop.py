@@ -23,6 +23,7 @@ from ufo_ds.parallel import ranks, scoring
 from ufo_ds.parallel.branching import branch
 from ufo_ds.parallel.conflict import gradient_conflict
 from ufo_ds.parallel.engine import Engine
+from ufo_ds.parallel.guard import LeftOut
 from ufo_ds.recipe_file import dump
 from ufo_ds.training.balance import Balancer
 from ufo_ds.training.run_directory import RunDirectory
@@ -57,6 +58,7 @@ class Trainer:
         self.classes = {name: class_names(source) for name, source in sources.items()}
         self.unreadable: dict[str, set[int]] = {name: set() for name in sources}
         self.metrics = metrics
+        self.saver = parallel_checkpoint.Saver(engine, checkpoints)
         self.balancer = (
             None if self.recipe.data.balance is None else Balancer(engine, self.recipe.data.balance, balance)
         )
@@ -70,8 +72,17 @@ class Trainer:
         """Train from step ``start`` to the schedule's end; the metrics of the last evaluation.
 
         Raises:
-            UserError: more unreadable images than ``data.max_corrupt`` allows; no room for a checkpoint.
+            UserError: more unreadable images than ``data.max_corrupt`` allows; no room for a checkpoint; more steps in
+                a row left out than ``guard.patience`` allows.
         """
+        try:
+            self._train(start)
+            self.saver.wait()
+        finally:
+            self.saver.end()
+        return self.metrics
+
+    def _train(self, start: int) -> None:
         recipe, gas = self.recipe, self.engine.config.accumulation
         steps = recipe.schedule.steps
         if self.directory is not None:
@@ -93,11 +104,13 @@ class Trainer:
                 began = time.perf_counter()
                 self._record_conflict(done, kept)
                 clock += time.perf_counter() - began
-            parts = self.engine.step(of_step, rate)
-            if self.balancer is not None:
-                self.balancer.note(step, parts)
+            parts = self.engine.step(of_step, rate, stop=self.saver.failed)
             progress.update()
-            if done % recipe.logging.every == 0 or done == steps:
+            if self.engine.guard.left_out is not None:
+                self._record_left_out(done, self.engine.guard.left_out)
+            elif self.balancer is not None:
+                self.balancer.note(step, parts)
+            if self.engine.guard.left_out is None and (done % recipe.logging.every == 0 or done == steps):
                 seconds, clock = time.perf_counter() - clock, time.perf_counter()
                 self._record_step(done, parts, rate, self._images(counted, done) / seconds)
                 self._record_routes(done)
@@ -111,7 +124,6 @@ class Trainer:
             if evaluate:  # neither evaluation nor saving counts as training time
                 clock = time.perf_counter()
         progress.close()
-        return self.metrics
 
     def _batches(self, start: int) -> Iterator[Batch]:
         """All micro-batches from a step on. The first of a phase of sampling finds its rates, on all ranks at once."""
@@ -180,6 +192,22 @@ class Trainer:
             f"{images_per_second:.0f} images/s"
         )
 
+    def _record_left_out(self, done: int, step: LeftOut) -> None:
+        if step.asked:
+            self.saver.wait()  # it is the one that failed
+        guard, patience = self.engine.guard, self.recipe.guard.patience
+        values = f"loss {step.loss:.3g}, gradient norm {step.gradient_norm:.3g}"
+        if self.directory is not None:
+            self.directory.record_left_out(done, step.loss, step.gradient_norm, guard.count, guard.in_a_row)
+        self._say(f"step {done} left out: {values} ({guard.count} so far, {guard.in_a_row} in a row)")
+        if guard.in_a_row >= patience:
+            self.saver.wait()
+            last = next((path.name for path in reversed(checkpoint.find(self.checkpoints))), "none")
+            raise UserError(
+                f"guard.patience {patience}: so many steps in a row were left out, up to step {done} ({values}): "
+                f"lower optimizer.lr or look at the data; the last checkpoint is {last}"
+            )
+
     def _record_conflict(self, done: int, batches: list[Batch]) -> None:
         found = gradient_conflict(self.engine, batches)
         if self.directory is not None and found:
@@ -204,6 +232,7 @@ class Trainer:
             self.directory.record(done, self.metrics, "evaluation")
             for line in benchmarks.table(self.metrics):
                 self._say(f"  {line}")
+        self.saver.wait()  # it may become the best
         best = checkpoint.read_best(self.checkpoints)
         value = self.metrics.get(evaluation.best or "")
         ranks.wait_for_all()  # all have read the best so far before it changes
@@ -223,13 +252,15 @@ class Trainer:
             licences={name: source.licences for name, source in self.sources.items()},
             metrics=self.metrics,
         )
-        parallel_checkpoint.save(self.engine, self.checkpoints, index)
-        if self.directory is not None:
+
+        def then() -> None:
             if is_best:
                 assert self.recipe.evaluation.best is not None
                 metric = self.recipe.evaluation.best
-                checkpoint.write_best(self.checkpoints, done, metric, self.metrics[metric])
+                checkpoint.write_best(self.checkpoints, done, metric, index.metrics[metric])
             checkpoint.prune(self.checkpoints, self.recipe.checkpoint.keep)
+
+        self.saver.save(index, then)
 
     def _routes_are_due(self, step: int) -> bool:
         """Whether learned routes are to be frozen now, by schedule or because they have come to rest."""

@@ -8,13 +8,15 @@
     evaluations/       step-00001000/ ...: what each evaluation found, item by item
     tensorboard/       the same for TensorBoard
     routes.png         learned routes and how they came about
-    checkpoints/       step-00001000/ ..., best.json
+    checkpoints/       step-00001000/ ..., best.json; damaged-step-.../ was set aside
 """
 
 import fcntl
 import json
+import math
 import os
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,7 +26,9 @@ from ufo_ds.recipe import Recipe
 from ufo_ds.recipe_file import dump, to_yaml
 
 # What may differ between two starts of one run: where it stops and what it shows, not what it computes.
-_FREE = ("schedule.steps", "data.workers", "data.shard_cache.", "evaluation.", "checkpoint.", "logging.")
+_FREE = (
+    "schedule.steps", "guard.patience", "data.workers", "data.shard_cache.", "evaluation.", "checkpoint.", "logging.",
+)  # fmt: skip
 
 
 class RunDirectory:
@@ -70,6 +74,14 @@ class RunDirectory:
 
             self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
 
+    def set_aside(self, damaged: Iterable[Path]) -> None:
+        """Rename checkpoints, so that nothing takes them for whole ones."""
+        for path in damaged:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            print(f"{path} is damaged: set aside as {aside.name}", flush=True)
+
     def record(self, step: int, values: dict[str, float], kind: str) -> None:
         """Append one line; ``kind`` is ``train``, ``evaluation`` or ``conflict``."""
         assert self._metrics is not None
@@ -91,6 +103,16 @@ class RunDirectory:
         """Append the rates of sampling from ``step`` on, and what they follow from."""
         assert self._metrics is not None
         line = {"step": step, "kind": "balance", "rates": rates, "slowness": slowness}
+        print(json.dumps(line), file=self._metrics, flush=True)
+
+    def record_left_out(self, step: int, loss: float, gradient_norm: float, count: int, in_a_row: int) -> None:
+        """Append a step that was not taken (values that are not finite as null), and how many were not so far."""
+        assert self._metrics is not None
+        finite = {
+            key: value if math.isfinite(value) else None
+            for key, value in {"loss": loss, "gradient_norm": gradient_norm}.items()
+        }
+        line = {"step": step, "kind": "left_out", **finite, "count": count, "in_a_row": in_a_row}
         print(json.dumps(line), file=self._metrics, flush=True)
 
     def draw_routes(self) -> None:
@@ -117,26 +139,37 @@ def _step(line: str) -> float:
         return float("inf")  # cut short by a kill
 
 
-def resume_from(path: Path, recipe: Recipe) -> Path | None:
-    """The newest checkpoint of a run directory, if it is one of this recipe; None where there is none yet.
-
+def check_writable(path: Path) -> None:
+    """
     Raises:
-        UserError: not a directory, not writable, or a checkpoint of another recipe (naming the first difference).
+        UserError: not a directory, or not writable.
     """
     existing = next(p for p in [path, *path.absolute().parents] if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"--run_dir {path}: no permission to write in {existing}: choose another directory")
-    found = checkpoint.find(path / "checkpoints") if path.is_dir() else []
-    if not found:
-        return None
-    saved = dump(checkpoint.Reader(found[-1]).recipe)  # with the defaults of keys that came later
+
+
+def check_resume(path: Path, recipe: Recipe, last: Path | None, damaged: Mapping[Path, str]) -> None:
+    """Whether a run may go on from ``last``, its newest whole checkpoint, though newer ones are ``damaged`` (what is
+    wrong with each).
+
+    Raises:
+        UserError: it was not told to; or the checkpoint is of another recipe (naming the first difference).
+    """
+    for fault in damaged.values():
+        if last is None:
+            raise UserError(f"{fault}, and no checkpoint before it is whole: start anew with another --run_dir")
+        if recipe.checkpoint.damaged == "stop":
+            raise UserError(f"{fault}: add --checkpoint.damaged set_aside to go on from {last.name}, which is whole")
+    if last is None:
+        return
+    saved = dump(checkpoint.Reader(last).recipe)  # with the defaults of keys that came later
     for key, was, now in differences(saved, dump(recipe)):
         if not key.startswith(_FREE):
             raise UserError(
                 f"--run_dir {path} holds a checkpoint of another recipe: {key} was {was!r}, is {now!r}: "
                 "use a new directory or restore the value"
             )
-    return found[-1]
 
 
 def differences(a: Any, b: Any, key: str = "") -> list[tuple[str, Any, Any]]:

@@ -14,11 +14,11 @@ from ufo_ds.evaluation.features import open_images
 from ufo_ds.parallel import checkpoint, ranks
 from ufo_ds.parallel.config import DistributedConfig
 from ufo_ds.parallel.engine import Engine
-from ufo_ds.parallel.launch import finish_distributed, init_distributed, is_lost_rank
+from ufo_ds.parallel.launch import finish_distributed, init_distributed, is_lost_rank, leave_on_sigterm
 from ufo_ds.parallel.placement import imbalance
 from ufo_ds.recipe import Recipe
 from ufo_ds.training.loop import Trainer
-from ufo_ds.training.run_directory import RunDirectory, resume_from
+from ufo_ds.training.run_directory import RunDirectory, check_resume, check_writable
 from ufo_ds.training.split_table import split_table
 
 
@@ -29,6 +29,7 @@ def train(recipe: Recipe, config: DistributedConfig, run_dir: Path) -> dict[str,
         UserError: wrong input of any kind; nothing on disk has changed then, unless training had begun.
     """
     rank, world_size = init_distributed()
+    leave_on_sigterm()
     if world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # ranks that share cores and each take all of them are many times slower
     try:
@@ -37,7 +38,9 @@ def train(recipe: Recipe, config: DistributedConfig, run_dir: Path) -> dict[str,
                 demo_shards.make_if_absent()
             ranks.wait_for_all()
         recipe, sources = open_sources(recipe, config.accumulation)
-        last = resume_from(run_dir, recipe)
+        check_writable(run_dir)
+        last, damaged = checkpoint.newest_whole(run_dir / "checkpoints")
+        check_resume(run_dir, recipe, last, damaged)
         images = open_images(recipe)
         benchmarks.check(recipe, images, {name: source.classes for name, source in sources.items()})
         num_classes = {name: source.num_classes for name, source in sources.items()}
@@ -48,6 +51,8 @@ def train(recipe: Recipe, config: DistributedConfig, run_dir: Path) -> dict[str,
             start_values = pretrained_values(recipe)
         engine = Engine(recipe, config, num_classes, pretrained=start_values)
         directory = _open(run_dir, recipe, engine)
+        if directory is not None:
+            directory.set_aside(damaged)
         loaded = checkpoint.load(engine, last) if last is not None else None
         start, metrics, balance = (loaded.step, loaded.metrics, loaded.balance) if loaded is not None else (0, {}, {})
         if rank == 0:
