@@ -15,13 +15,13 @@ from ufo_ds.data.mixing import Batch, Positions
 from ufo_ds.errors import UserError
 from ufo_ds.evaluation.features import FeatureFiles, TaskImages, predict
 from ufo_ds.model.heads import LOSSES, TaskHead
-from ufo_ds.model.parameters import check_rules, unused, update_rule
-from ufo_ds.model.supernet import Pretrained, Supernet, init_weights
+from ufo_ds.model.initialization import Pretrained
+from ufo_ds.model.parameters import unused, update_rule
 from ufo_ds.parallel import ranks
 from ufo_ds.parallel.averages import BufferAverages, averaged
 from ufo_ds.parallel.batches import exchange_samples
 from ufo_ds.parallel.config import DistributedConfig, decides_by_size
-from ufo_ds.parallel.experts import mark_experts, parallelize
+from ufo_ds.parallel.construction import materialize, outline
 from ufo_ds.parallel.optimizers import OPTIMIZERS
 from ufo_ds.parallel.placement import place, work_of
 from ufo_ds.parallel.shards import parameter_slices
@@ -53,15 +53,11 @@ class Engine:
         groups._create_expert_and_data_parallel(self.placement.ep_size)
         if any(task.head.sharded for task in recipe.tasks):
             groups._create_expert_and_data_parallel(self.world_size)  # a group for each rank alone
-        with torch.device("meta"):
-            model = Supernet(recipe, num_classes)
-        check_rules(recipe, [name for name, _ in model.named_parameters()])
-        parallelize(model, self.placement, self.rank, self.samples, config.exchange)
-        init_weights(model, pretrained=pretrained)
-        mark_experts(model)
-        self.model = model
+        self.model = outline(recipe, num_classes, self.placement, self.rank, self.samples, config.exchange)
+        deepspeed_config = self._deepspeed_config()
+        materialize(self.model, deepspeed_config, pretrained)
         self.optimizer = OPTIMIZERS[recipe.optimizer.type](self._parameter_groups(), recipe.optimizer)
-        self.deepspeed = self._initialize()
+        self.deepspeed = self._initialize(deepspeed_config)
         slices = list(parameter_slices(self))
         self.optimizer.prepare(slices, {piece.name: update_rule(piece.name, recipe) for piece in slices})
         self._planned: dict[str, dict[str, tuple[str, ...]]] = {}  # the routes that the optimizer's plans are for
@@ -76,7 +72,7 @@ class Engine:
 
     # --- construction ---------------------------------------------------------------------------------------------
 
-    def _initialize(self) -> deepspeed.DeepSpeedEngine:
+    def _deepspeed_config(self) -> dict[str, Any]:
         config = dict(self.config.deepspeed)
         zero = config["zero_optimization"] = dict(config["zero_optimization"])
         if zero.get("reduce_bucket_size", "auto") == "auto":
@@ -84,6 +80,9 @@ class Engine:
             size = torch.tensor(sum(p.numel() for p in self.model.parameters()), device=_device())
             dist.all_reduce(size, op=dist.ReduceOp.MAX)
             zero["reduce_bucket_size"] = int(size)
+        return config
+
+    def _initialize(self, config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
         # Ranks hold heads of different kinds at the same place. As a leaf a head is gathered whole, and ZeRO-3 sees
         # its number of parameters, the same for all kinds, but not how they are spread inside.
         set_z3_leaf_modules(self.model, [TaskHead])
