@@ -67,7 +67,7 @@ def _partition(
     room = torch.empty(max(p.numel() for p in model.parameters()), dtype=maker.dtype, device=device)
     for prefix, module in model.named_modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.empty_like(buffer, device=device))
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
         for name, on_meta in list(module.named_parameters(recurse=False)):
             parameter: Any = nn.Parameter(room[: on_meta.numel()].view(on_meta.shape))
             full_name = f"{prefix}.{name}"
