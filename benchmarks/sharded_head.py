@@ -22,12 +22,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ufo_ds.model.classifiers import draw_rows
 from ufo_ds.model.heads import TaskHead
 from ufo_ds.parallel.collectives import RankGroup
 from ufo_ds.parallel.placement import share
 from ufo_ds.recipe_task import CosFace, Head, Loss
-from ufo_ds.seeding import torch_generator
+from ufo_ds.seeding import normal_elements, torch_generator
 
 RANKS, CLASSES = 4, 100_000
 
@@ -42,7 +41,8 @@ def make(dim: int, sampled: float, group: RankGroup | None, sharded: bool) -> Ta
     with torch.no_grad():
         head.neck.weight.fill_(1.0)
         weight.zero_()
-        weight[: len(rows)] = draw_rows(torch.Size([CLASSES, dim]), rows, torch_generator("rows"))
+        elements = range(rows.start * dim, rows.stop * dim)
+        weight[: len(rows)] = 0.01 * normal_elements(elements, "rows").view(-1, dim)
     return head
 
 

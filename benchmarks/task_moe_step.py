@@ -139,8 +139,8 @@ def make_supernet(recipe: Recipe, dense: DenseViT, direction_BD: Tensor) -> Supe
     with torch.device("meta"):
         model = Supernet(recipe, {})
 
-    def value(name: str, shape: torch.Size) -> Tensor | None:
-        return None if name.startswith("router") else values[path_of(name)].reshape(shape)
+    def value(name: str, shape: torch.Size, span: range) -> Tensor | None:
+        return None if name.startswith("router") else values[path_of(name)].flatten()[span.start : span.stop]
 
     init_weights(model, pretrained=value)
     model.heads = LinearLoss(direction_BD)

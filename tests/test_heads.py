@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 from tests.test_losses import randn, random_labels, slow_triplet
 from ufo_ds import losses
-from ufo_ds.model.classifiers import draw_rows
 from ufo_ds.model.heads import LOSSES, BatchNormNeck, TaskHead
 from ufo_ds.recipe_task import (
     AMSoftmax,
@@ -236,17 +235,6 @@ def test_sampled_negatives_are_a_softmax_over_the_sampled_classes(share):
         assert not head.classifier.weight.grad[idle].any()
         assert head.classifier.weight.grad[used].any(1).all()
     assert len(seen) == (1 if share == 1.0 else 3)
-
-
-@pytest.mark.parametrize(("classes", "parts"), [(10_000, 3), (7, 4), (3, 4)])
-def test_rows_drawn_apart_are_those_of_the_whole(classes, parts):
-    shape, each = torch.Size([classes, 5]), -(-classes // parts)
-    whole = draw_rows(shape, range(classes), torch_generator("rows"))
-    assert whole.std().item() == pytest.approx(0.01, rel=0.5 if classes < 10 else 0.02)
-    pieces = [
-        draw_rows(shape, range(classes)[i * each : (i + 1) * each], torch_generator("rows")) for i in range(parts)
-    ]
-    assert torch.equal(torch.cat(pieces), whole)
 
 
 def test_a_sharded_margin_head_has_no_logits():

@@ -1,17 +1,18 @@
 """A supernet that starts from a Hugging Face ViT is that ViT on every path."""
 
 import dataclasses
+import random
 
 import pytest
 import torch
-from transformers import ViTConfig, ViTModel
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from tests.small_run import (
     make_recipe,
     relative,
 )
 from ufo_ds.errors import UserError
-from ufo_ds.model.dense import pretrained_values
+from ufo_ds.model.pretrained import pretrained_values
 from ufo_ds.model.supernet import Supernet, init_weights
 
 
@@ -54,8 +55,59 @@ def test_a_task_named_shared_has_a_grid_of_its_own(tmp_path):
     recipe = make_recipe(init=str(tmp_path))
     recipe = dataclasses.replace(recipe, tasks=[recipe.tasks[0], dataclasses.replace(recipe.tasks[1], name="shared")])
     value = pretrained_values(recipe)
-    assert torch.equal(value("embed.shared.position", torch.Size([5, 16])), vit.embeddings.position_embeddings[0])
-    assert value("embed.own.shared.position", torch.Size([7, 16])).shape == (7, 16)
+    shared = value("embed.shared.position", torch.Size([5, 16]), range(80))
+    assert torch.equal(shared.view(5, 16), vit.embeddings.position_embeddings[0])
+    assert value("embed.own.shared.position", torch.Size([7, 16]), range(112)).shape == (112,)
+
+
+@pytest.mark.parametrize("layout", ["one file", "several files", "with a head", "bf16"])
+def test_any_elements_are_those_of_the_vit(tmp_path, layout):
+    """Joined matrices (q, k and v), flat ranges across rows, and files as ViTs are published in."""
+    vit = save_vit(tmp_path)
+    if layout == "several files":
+        (tmp_path / "model.safetensors").unlink()
+        vit.save_pretrained(tmp_path, max_shard_size="4KB")
+        assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    if layout == "with a head":
+        classifier = ViTForImageClassification(vit.config)
+        classifier.vit.load_state_dict(vit.state_dict())
+        classifier.save_pretrained(tmp_path)
+    if layout == "bf16":
+        vit = vit.to(torch.bfloat16)
+        vit.save_pretrained(tmp_path)
+    recipe = make_recipe(init=str(tmp_path))
+    value = pretrained_values(recipe)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Supernet(recipe, {}).named_parameters() if "router" not in name}
+    state = {name: x.float() for name, x in vit.state_dict().items()}
+    draw, seen = random.Random(0), 0
+    for name, shape in shapes.items():
+        whole = value(name, shape, range(shape.numel()))
+        if ".qkv." in name:
+            layer = name.split(".")[1]
+            pieces = [state[f"layers.{layer}.attention.{p}_proj.{name.split('.')[-1]}"] for p in "qkv"]
+            assert torch.equal(whole.view(shape), torch.cat(pieces))
+            seen += 1
+        for _ in range(5):
+            start, stop = sorted(draw.sample(range(shape.numel() + 1), 2))
+            assert torch.equal(value(name, shape, range(start, stop)), whole[start:stop]), name
+    assert seen
+
+
+def test_a_checkpoint_that_lacks_something_is_refused(tmp_path):
+    save_vit(tmp_path, qkv_bias=False)
+    with pytest.raises(
+        UserError, match=r"^model.init [^\n]* has no elements of layers.0.attention.q_proj.bias, [^\n]*16$"
+    ):
+        pretrained_values(make_recipe(init=str(tmp_path)))
+    save_vit(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"^model.init [^\n]*: damaged file: [^\n]*$"):
+        pretrained_values(make_recipe(init=str(tmp_path)))
+    weights.rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"^model.init [^\n]* lacks model.safetensors[^\n]*save_pretrained[^\n]*$"):
+        pretrained_values(make_recipe(init=str(tmp_path)))
 
 
 @pytest.mark.parametrize(

@@ -98,9 +98,9 @@ def make_recipe(case: dict) -> recipes.Recipe:
     )
 
 
-def start_value(name: str, shape: torch.Size) -> torch.Tensor:
+def start_value(name: str, shape: torch.Size, span: range) -> torch.Tensor:
     """Weights large enough that samples differ: batch norm over nearly equal features would only amplify noise."""
-    value = 0.3 * torch.randn(shape, generator=torch_generator("start", name))
+    value = 0.3 * torch.randn(shape, generator=torch_generator("start", name)).flatten()[span.start : span.stop]
     return value + 1.0 if "norm" in name or "neck" in name else value
 
 

@@ -155,15 +155,3 @@ def spread(model: nn.Module) -> set[str]:
         for prefix, module in model.named_modules()
         if isinstance(module, Classifier) and module.is_spread
     }
-
-
-def draw_rows(shape: torch.Size, rows: range, generator: torch.Generator) -> Tensor:
-    """Initial values of some rows of a weight, normal with standard deviation 0.01. Rows before them are drawn too, a
-    block at a time, so that a row does not depend on which others are wanted."""
-    values, block = torch.empty(len(rows), shape[1]), 4096
-    for first in range(0, rows.stop, block):
-        drawn = torch.empty(min(block, shape[0] - first), shape[1]).normal_(std=0.01, generator=generator)
-        start, stop = max(first, rows.start), min(first + len(drawn), rows.stop)
-        if start < stop:
-            values[start - rows.start : stop - rows.start] = drawn[start - first : stop - first]
-    return values

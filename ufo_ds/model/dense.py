@@ -10,14 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import ViTConfig, ViTModel
+from transformers import ViTConfig
 
-from ufo_ds.errors import UserError
 from ufo_ds.model.heads import BatchNormNeck
 from ufo_ds.model.hub import UfoViTConfig
 from ufo_ds.model.layers import resize_position
 from ufo_ds.model.spec import SubnetSpec
-from ufo_ds.model.supernet import Pretrained
 from ufo_ds.recipe import Backbone, Recipe, stem_stride
 from ufo_ds.recipe_task import Task
 
@@ -119,66 +117,3 @@ def _neck(task: Task, read: Read) -> tuple[Tensor, Tensor]:
     if task.head.type == "margin":
         scale_D = scale_D * read(f"{neck}.weight")
     return scale_D, -scale_D * read(f"{neck}.running_mean")
-
-
-def pretrained_values(recipe: Recipe) -> Pretrained:
-    """Initial values from the ViT that ``model.init`` names, its units copied into the shared and all own copies;
-    position embeddings are resized to each copy's grid. Heads and the router are drawn.
-
-    Raises:
-        UserError: it cannot be loaded, or is of another size or kind.
-    """
-    source, backbone = recipe.model.init, recipe.model.backbone
-    assert source is not None
-    if not is_stock(backbone):
-        raise UserError(
-            f"model.init {source!r} is a ViT with a class token and no stem, model.backbone has stem {backbone.stem} "
-            f"and pool {backbone.pool!r}: leave model.init out, or stem and pool"
-        )
-    try:
-        model = ViTModel.from_pretrained(source, add_pooling_layer=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.init {source!r} is no ViT checkpoint: {str(error).splitlines()[0]}") from None
-    config = model.config
-    for ours, theirs, name in [
-        (backbone.dim, config.hidden_size, "dim"),
-        (backbone.depth, config.num_hidden_layers, "depth"),
-        (backbone.heads, config.num_attention_heads, "heads"),
-        (round(backbone.dim * backbone.mlp_ratio), config.intermediate_size, "dim x mlp_ratio"),
-        (backbone.patch_size, config.patch_size, "patch_size"),
-    ]:
-        if ours != theirs:
-            raise UserError(f"model.init {source!r} has {name} {theirs}, model.backbone {ours}: make them equal")
-    state = {name: value.float() for name, value in model.state_dict().items()}
-    size = [config.image_size] * 2 if isinstance(config.image_size, int) else config.image_size
-    grid = size[0] // backbone.patch_size, size[1] // backbone.patch_size
-    inputs = {"embed.shared": recipe.model.input or recipe.tasks[0].input}
-    inputs |= {f"embed.own.{task.name}": task.input for task in recipe.tasks}
-    grids = {unit: (h // backbone.patch_size, w // backbone.patch_size) for unit, (h, w) in inputs.items()}
-
-    def value(name: str, shape: torch.Size) -> Tensor | None:
-        parts = name.split(".")
-        if parts[0] in ("heads", "router"):
-            return None
-        unit = parts[2] if parts[0] == "blocks" else parts[0]
-        layer = f"layers.{parts[1]}." if parts[0] == "blocks" else ""
-        last, kind = parts[-2], parts[-1]
-        if unit == "embed":
-            if kind == "cls":
-                return state["embeddings.cls_token"][0]
-            if kind == "position":
-                to_hw = grids.get(".".join(parts[:-1]))
-                if to_hw is None:  # an empty slot's
-                    return None
-                return resize_position(state["embeddings.position_embeddings"][0], grid, to_hw)
-            return state[f"embeddings.patch_embeddings.projection.{kind}"].reshape(shape)
-        if unit == "attn":
-            if last == "qkv":
-                return torch.cat([state[f"{layer}attention.{p}_proj.{kind}"] for p in "qkv"])
-            return state[f"{layer}attention.o_proj.{kind}"]
-        if unit == "ffn":
-            return state[f"{layer}mlp.{last}.{kind}"]
-        norm = {"norm1": "layernorm_before", "norm2": "layernorm_after", "norm": "layernorm"}[unit]
-        return state[f"{layer}{norm}.{kind}"]
-
-    return value

@@ -7,7 +7,6 @@ A parameter's name says where it lives: ``blocks.7.ffn.shared.fc1.weight``, ``bl
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from ufo_ds.errors import UserError
 from ufo_ds.model import classifiers
 from ufo_ds.model.experts import LEARNED, OWN, SHARED, RoutedUnit
 from ufo_ds.model.heads import BatchNormNeck, Outputs, TaskHead, TaskHeads
+from ufo_ds.model.initialization import Pretrained, fill, start_values
 from ufo_ds.model.layers import FFN, Attention, Embedding, Norm
 from ufo_ds.model.packing import Part, Segment, concatenate, join, overlap, patchify, split
 from ufo_ds.model.router import Choices, Place, Router
@@ -318,52 +318,16 @@ class Supernet(nn.Module):
         return drawn.to(next(self.parameters()).device, non_blocking=True)
 
 
-Pretrained = Callable[[str, torch.Size], Tensor | None]
-
-
 def init_weights(model: Supernet, device: torch.device | str = "cpu", pretrained: Pretrained | None = None) -> None:
-    """Give every parameter its initial value, drawn by (seed, name): the same wherever and whenever it is built.
-
-    Own copies start as the shared copy does (with their task's own grid), so that the routes differ by what is
-    learned, not by the draw.
+    """Give every parameter its initial value, the same wherever and whenever it is built.
 
     Args:
         model: on the meta device.
-        pretrained: ``(name, shape)`` -> the value to start from, or None where there is none.
+        pretrained: the values to start from where there are some.
     """
     model.to_empty(device=device)
     model.fill_constants()
-    parts = classifiers.parts(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            shape, rows = parts.get(name, (parameter.shape, range(len(parameter))))
-            value = pretrained(name, shape) if pretrained else None
-            value = initial_value(name, shape, model.recipe, rows) if value is None else value[rows.start : rows.stop]
-            parameter[: len(rows)] = value
-            parameter[len(rows) :] = 0.0  # padding
-
-
-def initial_value(name: str, shape: torch.Size, recipe: Recipe, rows: range | None = None) -> Tensor:
-    """The initialisation of big_vision's ViT: norms 1, biases and class tokens 0, matrices by Glorot and Bengio
-    (2010), position embeddings normal. The router's logits are 0, classifiers small; a
-    stem's convolutions by He et al. (2015). Of a classifier, only ``rows`` if given."""
-    parts = name.split(".")
-    unit = parts[2] if parts[0] in ("blocks", "heads") else parts[0]
-    if unit == "router" or parts[-1] in ("bias", "cls"):
-        return torch.zeros(shape)
-    if unit in ("norm", "norm1", "norm2", "neck") or parts[-2:] == ["norm", "weight"]:
-        return torch.ones(shape)
-    generator = torch_generator(recipe.seed, "init", re.sub(r"\.own\.[a-z0-9_]+\.", ".shared.", name))
-    if unit == "classifier":
-        return classifiers.draw_rows(shape, range(shape[0]) if rows is None else rows, generator)
-    value = torch.empty(shape)
-    if parts[-1] == "position":
-        std = recipe.model.backbone.position_std or shape[1] ** -0.5
-        return nn.init.normal_(value, std=std, generator=generator)
-    if parts[-2] == "qkv":  # three matrices in one
-        for part in value.chunk(3):
-            nn.init.xavier_uniform_(part, generator=generator)
-        return value
-    if parts[-2] == "conv":
-        return nn.init.kaiming_normal_(value, mode="fan_out", nonlinearity="relu", generator=generator)
-    return nn.init.xavier_uniform_(value, generator=generator)
+    parts, values = classifiers.parts(model), start_values(model.recipe, pretrained)
+    for name, parameter in model.named_parameters():
+        whole = classifiers.Part(parameter.shape, range(len(parameter)))
+        fill(parameter.detach().view(-1), 0, name, parts.get(name, whole), values)

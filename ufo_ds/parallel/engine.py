@@ -14,13 +14,13 @@ from ufo_ds.data.mixing import Batch, Positions
 from ufo_ds.errors import UserError
 from ufo_ds.evaluation.features import FeatureFiles, TaskImages, predict
 from ufo_ds.model.heads import LOSSES, TaskHead
-from ufo_ds.model.parameters import check_rules, unused, update_rule
-from ufo_ds.model.supernet import Pretrained, Supernet, init_weights
+from ufo_ds.model.initialization import Pretrained
+from ufo_ds.model.parameters import unused, update_rule
 from ufo_ds.parallel import ranks
 from ufo_ds.parallel.averages import BufferAverages, averaged
 from ufo_ds.parallel.batches import exchange_samples
 from ufo_ds.parallel.config import DistributedConfig, decides_by_size
-from ufo_ds.parallel.experts import mark_experts, parallelize
+from ufo_ds.parallel.construction import materialize, outline
 from ufo_ds.parallel.guard import Guard
 from ufo_ds.parallel.optimizers import OPTIMIZERS
 from ufo_ds.parallel.order import OrderedReduction, gather_in_order
@@ -48,7 +48,7 @@ class Engine:
         num_classes: Mapping[str, int],
         pretrained: Pretrained | None = None,
     ):
-        self.recipe, self.config = recipe, config
+        self.recipe = recipe
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.work = work_of(recipe, num_classes, config.accumulation)
         self.placement = place(self.work, self.world_size, config.ep_size)
@@ -56,13 +56,10 @@ class Engine:
         groups._create_expert_and_data_parallel(self.placement.ep_size)
         if any(task.head.sharded for task in recipe.tasks):
             groups._create_expert_and_data_parallel(self.world_size)  # a group for each rank alone
-        with torch.device("meta"):
-            model = Supernet(recipe, num_classes)
-        check_rules(recipe, [name for name, _ in model.named_parameters()])
-        parallelize(model, self.placement, self.rank, self.samples, config.exchange)
-        init_weights(model, pretrained=pretrained)
-        mark_experts(model)
-        self.model = model
+        self.model = outline(recipe, num_classes, self.placement, self.rank, self.samples, config.exchange)
+        self.sizes_agree, elements = sizes_of_ranks([p.numel() for p in self.model.parameters()])
+        self.config = config.sized(self.sizes_agree, elements, smallest_memory())
+        materialize(self.model, self.config.deepspeed, pretrained)
         self.optimizer = OPTIMIZERS[recipe.optimizer.type](self._parameter_groups(), recipe.optimizer)
         self.deepspeed = self._initialize()
         slices = list(parameter_slices(self))
@@ -82,8 +79,6 @@ class Engine:
     # --- construction ---------------------------------------------------------------------------------------------
 
     def _initialize(self) -> deepspeed.DeepSpeedEngine:
-        self.sizes_agree, elements = sizes_of_ranks([p.numel() for p in self.model.parameters()])
-        self.config = self.config.sized(self.sizes_agree, elements, smallest_memory())
         # Ranks hold heads of different kinds at the same place. As a leaf a head is gathered whole, and ZeRO-3 sees
         # its number of parameters, the same for all kinds, but not how they are spread inside.
         set_z3_leaf_modules(self.model, [TaskHead])

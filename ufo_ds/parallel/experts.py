@@ -234,18 +234,15 @@ def expert_sizes(model: nn.Module, world_size: int) -> dict[str, int]:
     return sizes
 
 
-def mark_experts(model: nn.Module) -> None:
-    """Tell DeepSpeed which parameters are experts, and over which ranks they are partitioned and reduced.
+def mark_expert(parameter: Any, size: int | None) -> None:
+    """Tell DeepSpeed that a parameter is an expert, and over which ranks it is partitioned and reduced; None: shared.
 
-    To be called on real parameters: moving a model from the meta device replaces them.
+    To be called on real parameters: they replace those on the meta device.
     """
-    sizes = expert_sizes(model, dist.get_world_size())
-    parameter: Any  # with DeepSpeed's attributes
-    for name, parameter in model.named_parameters():
-        if name in sizes:
-            group_name = f"ep_size_{sizes[name]}"
-            parameter.allreduce = False
-            parameter.group_name = group_name
-            parameter.ds_zero_placement_family = "autoep_expert"
-            parameter.ds_zero_partition_group_name = group_name
-            parameter.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(group_name)
+    if size is not None:
+        group_name = f"ep_size_{size}"
+        parameter.allreduce = False
+        parameter.group_name = group_name
+        parameter.ds_zero_placement_family = "autoep_expert"
+        parameter.ds_zero_partition_group_name = group_name
+        parameter.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(group_name)

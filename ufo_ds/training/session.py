@@ -46,7 +46,7 @@ def train(recipe: Recipe, config: DistributedConfig, run_dir: Path) -> dict[str,
         num_classes = {name: source.num_classes for name, source in sources.items()}
         start_values = None
         if recipe.model.init is not None and last is None:
-            from ufo_ds.model.dense import pretrained_values  # transformers takes seconds to import
+            from ufo_ds.model.pretrained import pretrained_values  # transformers takes seconds to import
 
             start_values = pretrained_values(recipe)
         engine = Engine(recipe, config, num_classes, pretrained=start_values)
