@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ufo_ds import recipe_file
+from ufo_ds.model import classifiers
 from ufo_ds.parallel import config as configs
 from ufo_ds.parallel import launch
 from ufo_ds.parallel.engine import Engine
@@ -42,7 +43,7 @@ class DeepSpeedTurn(Exception):
 class ConstructedEngine(Engine):
     """An engine up to where DeepSpeed would get the model."""
 
-    def _initialize(self, config):
+    def _initialize(self):
         raise DeepSpeedTurn
 
 
@@ -80,18 +81,23 @@ def build(job: dict, rank: int, results: Path) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     groups: list[list[int]] = []
     pieces, values = {}, {}
+    parts = classifiers.parts(engine.model)
     for name, parameter in engine.model.named_parameters():
-        members, part = dist.get_process_group_ranks(parameter.ds_process_group), parameter.ds_tensor
+        members, mine = dist.get_process_group_ranks(parameter.ds_process_group), parameter.ds_tensor
+        held = parts.get(name, classifiers.Part(parameter.ds_shape, range(parameter.ds_shape[0])))
+        width = held.shape[1:].numel()
+        first = members.index(rank) * mine.numel()
+        length = max(0, min(mine.numel(), len(held.rows) * width - first))  # padding lies behind
+        if len(held.rows) < held.shape[0]:  # of a classifier that the holders of the task share
+            members = list(range(engine.placement.ep_rank(rank), job["world_size"], engine.placement.ep_size))
         if members not in groups:
             groups.append(members)
-        first = members.index(rank) * part.numel()
-        length = max(0, min(part.numel(), parameter.ds_numel - first))
-        pieces[name] = (parameter.ds_numel, first, length, groups.index(members))
+        pieces[name] = (held.shape.numel(), held.rows.start * width + first, length, groups.index(members))
         if job["save"]:
-            values[name] = part[:length].clone()
+            values[name] = mine[:length].clone()
     if job["save"]:
         save_file(values, results.with_suffix(".safetensors"))
-    parts = [parameter.ds_tensor for parameter in engine.model.parameters()]
+    partitions = [parameter.ds_tensor for parameter in engine.model.parameters()]
     found = {
         "tasks": engine.placement.tasks_of[engine.placement.ep_rank(rank)],
         "alike": {
@@ -101,14 +107,14 @@ def build(job: dict, rank: int, results: Path) -> None:
             "sub-groups": sub_groups(engine, job["initialize"]),
             "slots": engine.placement.slots,
         },
-        "dtypes": sorted({str(part.dtype) for part in parts}),
+        "dtypes": sorted({str(part.dtype) for part in partitions}),
         "groups": groups,
         "pieces": pieces,
         "seconds": seconds,
         "cpu_seconds": cpu,
         "memory": peak - start_resident,
-        "part": sum(part.nbytes for part in parts),
-        "largest": max(p.ds_numel for p in engine.model.parameters()) * parts[0].element_size(),
+        "part": sum(part.nbytes for part in partitions),
+        "largest": max(p.ds_numel for p in engine.model.parameters()) * partitions[0].element_size(),
     }
     results.with_suffix(".json").write_text(json.dumps(found))
 
