@@ -191,11 +191,11 @@ def test_going_on_behind_damage(recipe, uninterrupted, tmp_path):
 # --- steps left out ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_rank_with_nan(stage, tmp_path):
+@pytest.mark.parametrize(("stage", "bf16"), [(1, False), (2, False), (2, True), (3, False), (3, True)])
+def test_a_rank_with_nan(stage, bf16, tmp_path):
     """One pixel of one rank is NaN in the second of two micro-batches: nothing changes on any rank, and what follows is
     what a run that never saw the step computes. (The checks are in guarded.py, on every rank.)"""
-    ranks = Ranks(2, tmp_path, guarded.main, stage)
+    ranks = Ranks(2, tmp_path, guarded.main, stage, bf16)
     assert ranks.end(240) == [0, 0], ranks.output()[-3000:]
 
 
