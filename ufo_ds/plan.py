@@ -119,6 +119,7 @@ def _figures(
         "ep_size": plan.placement.ep_size,
         "exchange": config.exchange,
         "gradient_accumulation_steps": config.accumulation,
+        "zero_optimization": config.deepspeed["zero_optimization"],
         "parameters": {
             "all": sum(counts.values()),
             "without_heads": sum(counts.values()) - heads - routers,
@@ -169,6 +170,13 @@ def _lines(recipe: Recipe, plan: Plan, figures: dict[str, Any], gpu: str) -> Ite
         f"{placement.replicas}, exchange {config.exchange},"
     )
     yield f"gradient accumulation {config.accumulation}, {recipe.optimizer.type}"
+    if plan.overlaps:
+        zero, words = config.deepspeed["zero_optimization"], ""
+        if config.stage == 3:
+            whole = zero["stage3_max_live_parameters"]
+            most = f"at most {_millions(whole)}" if whole < 10**15 else "all"
+            words = f", {_millions(zero['stage3_prefetch_bucket_size'])} gathered ahead and {most} whole"
+        yield f"parameters reduced at once: {_millions(zero['reduce_bucket_size'])}{words}"
     yield from _parameter_lines(figures)
     yield from _placement_lines(plan)
     yield from _memory_lines(plan)
@@ -252,7 +260,8 @@ def _time_lines(plan: Plan, figures: dict[str, Any], gpu: str) -> Iterator[str]:
         f"  busiest rank: compute {plan.compute_seconds:.2f} s; links inside nodes {plan.inside_seconds:.2f} s, "
         f"between {plan.between_seconds:.2f} s;"
     )
-    yield f"  {'one hides behind the other' if plan.overlaps else 'one after the other, as no overlap is configured'}"
+    reason = "as no overlap is configured" if plan.sizes_agree else "as ranks have parameters of different sizes"
+    yield f"  {'one hides behind the other' if plan.overlaps else f'one after the other, {reason}'}"
     yield (
         f"  assumed: {found.share_of_peak:.0%} of {found.fp32 if fp32 else found.bf16:g} TFLOP/s, "
         f"backward {BACKWARD} x forward;"

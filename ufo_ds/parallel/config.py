@@ -45,6 +45,7 @@ class DistributedConfig:
     accumulation: int
     stage: int
     precision: str  # in words
+    world_size: int
 
     def sized(self, alike: bool, elements: int, memory: int | None) -> "DistributedConfig":
         """With every "auto" of ``zero_optimization`` that goes by the sizes of parameters; all ranks must give the
@@ -60,7 +61,7 @@ class DistributedConfig:
             memory: bytes of the smallest GPU; None: unknown, and all parameters are kept whole.
         """
         chosen = dict(_SIZE_BLIND, reduce_bucket_size=elements)
-        if alike:
+        if alike and self.world_size > 1:
             chosen |= {
                 "overlap_comm": True,
                 "reduce_bucket_size": min(REDUCED_AT_ONCE, elements),
@@ -195,7 +196,7 @@ def resolve(values: dict[str, Any], source: str, recipe: Recipe, world_size: int
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": values.get("steps_per_print", 10**9),
     }
-    return DistributedConfig(values, ep_size, exchange, accumulation, stage, precision)
+    return DistributedConfig(values, ep_size, exchange, accumulation, stage, precision, world_size)
 
 
 def _positive(value: Any, name: str, source: str) -> int:

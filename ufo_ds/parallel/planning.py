@@ -43,6 +43,7 @@ class Plan:
     images: int  # of a step, all ranks
     ranks: list[RankPlan]
     usable: int  # bytes of a GPU
+    sizes_agree: bool  # of the parameters of all ranks
     compute_seconds: float  # of the busiest rank
     inside_seconds: float
     between_seconds: float
@@ -138,6 +139,7 @@ class Planner:
             sum(samples.values()) * config.accumulation,
             ranks,
             usable_bytes(self.gpu),
+            len({tuple(p.numel for p in model.parameters) for model in models}) == 1,
             max(rank.flops for rank in ranks) / self.gpu.rate(config.precision),
             inside / (self.gpu.inside * 1e9 * SHARE_OF_LINK),
             between / (self.gpu.between * 1e9 * SHARE_OF_LINK),

@@ -101,8 +101,8 @@ def _announce(engine: Engine, sources: dict[str, TrainSource], run_dir: Path, st
     )
     if not engine.sizes_agree:
         print(
-            "no communication behind computation: own patch or position embeddings are of different sizes on different "
-            "ranks, as their tasks' inputs are; with the embedding shared, or one input size, there would be"
+            "communication does not overlap: ranks have own embeddings of different sizes, as their tasks' inputs are; "
+            "with the embedding shared, or one input size, it would"
         )
     reads = [engine.reads_of(rank)(engine.samples) for rank in range(engine.world_size)]
     for line in split_table(sources, placement, reads, config.accumulation, recipe.data.workers):
