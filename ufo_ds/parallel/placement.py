@@ -1,7 +1,8 @@
 """Which ranks hold which tasks' experts and heads, and which samples each rank reads.
 
-The expert-parallel groups are runs of ``ep_size`` consecutive ranks; each group holds every task once, its copies in
-the other groups share their gradients and, under ZeRO, their memory (DeepSpeed's expert-data-parallel group).
+Runs of ``world_size / ep_size`` consecutive ranks have the same tasks: they share the gradients of these experts and,
+under ZeRO, their memory (DeepSpeed's expert-data-parallel group). That is most of what is sent, and neighbours are on
+the same node. An expert-parallel group holds every task once: the first ranks of all runs, their second ones, and so on.
 
 A placement is not part of a checkpoint, and which samples a task draws does not depend on it.
 """
@@ -50,10 +51,18 @@ class Placement:
         return [task for tasks in self.tasks_of for task in tasks]
 
     def ep_rank(self, rank: int) -> int:
-        return rank % self.ep_size
+        return rank // self.replicas
 
     def replica(self, rank: int) -> int:
-        return rank // self.ep_size
+        return rank % self.replicas
+
+    def holders(self, ep_rank: int) -> range:
+        """The ranks that have the same tasks."""
+        return range(ep_rank * self.replicas, (ep_rank + 1) * self.replicas)
+
+    def group(self, rank: int) -> range:
+        """The ranks that hold every task once, with this rank among them."""
+        return range(self.replica(rank), self.world_size, self.replicas)
 
     def template(self, slot: int) -> str:
         """The task whose modules an empty slot mirrors: the one in this slot of the fullest rank."""
