@@ -2,7 +2,8 @@
 
 Runs of ``world_size / ep_size`` consecutive ranks have the same tasks: they share the gradients of these experts and,
 under ZeRO, their memory (DeepSpeed's expert-data-parallel group). That is most of what is sent, and neighbours are on
-the same node. An expert-parallel group holds every task once: the first ranks of all runs, their second ones, and so on.
+the same node. An expert-parallel group holds every task once: the first ranks of all runs, their second ones, and so
+on.
 
 A placement is not part of a checkpoint, and which samples a task draws does not depend on it.
 """
@@ -116,9 +117,9 @@ def place(work: Mapping[str, Work], world_size: int, ep_size: int | None) -> Pla
 
     Without an ``ep_size`` it is the largest divisor of the number of ranks that leaves none more than 2% above the
     mean; 1, where every rank has all tasks, always does. The largest has the fewest slots: least memory for experts at
-    ZeRO stages 1 and 2, least to gather and keep gathered at stage 3, and most samples of a task at once. What a rank
-    stores of experts at stage 3 is ``slots x ep_size / world_size`` dense paths, for all sizes the same but for empty
-    slots.
+    ZeRO stages 1 and 2, least to gather and keep gathered at stage 3, and most samples of a task at once; and the
+    shortest runs of ranks with the same tasks, which fit into nodes best (``benchmarks/plan.py``). What a rank stores of
+    experts at stage 3 is ``slots x ep_size / world_size`` dense paths, for all sizes the same but for empty slots.
 
     Args:
         work: of every task, in the recipe's order.
