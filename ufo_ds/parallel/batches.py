@@ -16,8 +16,7 @@ def exchange_samples(batch: Batch, placement: Placement, rank: int, samples: dic
     the placement.
     """
     size, mine = placement.ep_size, placement.tasks_of[placement.ep_rank(rank)]
-    first = placement.replica(rank) * size
-    read_by = [placement.read_evenly(first + e, samples) for e in range(size)]
+    read_by = [placement.read_evenly(other, samples) for other in placement.group(rank)]
 
     def nbytes(task: str, images: int) -> int:
         return images * sum(x.shape[1:].numel() * x.element_size() for x in _tensors(batch.tasks[task]))

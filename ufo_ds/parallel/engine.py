@@ -53,7 +53,7 @@ class Engine:
         self.work = work_of(recipe, num_classes, config.accumulation)
         self.placement = place(self.work, self.world_size, config.ep_size)
         self.samples = {task: work.samples for task, work in self.work.items()}
-        groups._create_expert_and_data_parallel(self.placement.ep_size)
+        groups._create_expert_and_data_parallel(self.placement.ep_size, use_data_before_expert_parallel_=True)
         if any(task.head.sharded for task in recipe.tasks):
             groups._create_expert_and_data_parallel(self.world_size)  # a group for each rank alone
         self.model = outline(recipe, num_classes, self.placement, self.rank, self.samples, config.exchange)

@@ -209,8 +209,7 @@ def parallelize(
         holders = partial(RankGroup, groups._get_expert_data_parallel_group(f"ep_size_{placement.ep_size}"))
     layer_exchange = None
     if exchange == "layer" and placement.ep_size > 1:
-        first = placement.replica(rank) * placement.ep_size
-        positions = [placement.read_evenly(first + e, samples) for e in range(placement.ep_size)]
+        positions = [placement.read_evenly(other, samples) for other in placement.group(rank)]
         group = groups._get_expert_parallel_group(f"ep_size_{placement.ep_size}")
         layer_exchange = LayerExchange(placement, positions, placement.ep_rank(rank), group)
     for module in list(model.modules()):

@@ -1,7 +1,9 @@
 """Which ranks hold which tasks' experts and heads, and which samples each rank reads.
 
-The expert-parallel groups are runs of ``ep_size`` consecutive ranks; each group holds every task once, its copies in
-the other groups share their gradients and, under ZeRO, their memory (DeepSpeed's expert-data-parallel group).
+Runs of ``world_size / ep_size`` consecutive ranks have the same tasks: they share the gradients of these experts and,
+under ZeRO, their memory (DeepSpeed's expert-data-parallel group). That is most of what is sent, and neighbours are on
+the same node. An expert-parallel group holds every task once: the first ranks of all runs, their second ones, and so
+on.
 
 A placement is not part of a checkpoint, and which samples a task draws does not depend on it.
 """
@@ -53,10 +55,18 @@ class Placement:
         return [task for tasks in self.tasks_of for task in tasks]
 
     def ep_rank(self, rank: int) -> int:
-        return rank % self.ep_size
+        return rank // self.replicas
 
     def replica(self, rank: int) -> int:
-        return rank // self.ep_size
+        return rank % self.replicas
+
+    def holders(self, ep_rank: int) -> range:
+        """The ranks that have the same tasks."""
+        return range(ep_rank * self.replicas, (ep_rank + 1) * self.replicas)
+
+    def group(self, rank: int) -> range:
+        """The ranks that hold every task once, with this rank among them."""
+        return range(self.replica(rank), self.world_size, self.replicas)
 
     def template(self, slot: int) -> str:
         """The task whose modules an empty slot mirrors: the one in this slot of the fullest rank."""
@@ -111,9 +121,9 @@ def place(work: Mapping[str, Work], world_size: int, ep_size: int | None) -> Pla
 
     Without an ``ep_size`` it is the largest divisor of the number of ranks that leaves none more than 2% above the
     mean; 1, where every rank has all tasks, always does. The largest has the fewest slots: least memory for experts at
-    ZeRO stages 1 and 2, least to gather and keep gathered at stage 3, and most samples of a task at once. What a rank
-    stores of experts at stage 3 is ``slots x ep_size / world_size`` dense paths, for all sizes the same but for empty
-    slots.
+    ZeRO stages 1 and 2, least to gather and keep gathered at stage 3, and most samples of a task at once; and the
+    shortest runs of ranks with the same tasks, which fit into nodes best (``benchmarks/plan.py``). What a rank stores of
+    experts at stage 3 is ``slots x ep_size / world_size`` dense paths, for all sizes the same but for empty slots.
 
     The tasks of a rank are in the order of their classes, those with sharded heads first: in a slot, whose heads all
     take the room of the largest, are then heads of similar sizes.

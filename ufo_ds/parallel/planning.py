@@ -116,7 +116,7 @@ class Planner:
         samples = self._samples(config)
         ranks, inside, between = [], 0.0, 0.0
         for ep_rank, (model, held) in enumerate(zip(models, memories, strict=True)):
-            copies = range(ep_rank, world_size, placement.ep_size)
+            copies = placement.holders(ep_rank)
             traffic = [rank_traffic(self.recipe, config, placement, model, rank, self.gpus_per_node) for rank in copies]
             inside = max(inside, *(sum(t.inside.values()) for t in traffic))
             between = max(between, *(sum(t.between.values()) for t in traffic))
@@ -227,10 +227,7 @@ class Planner:
         refuse_uncounted(config, self.source, max(sum(p.numel for p in model.parameters) for model in models))
         held = []
         for ep_rank, model in enumerate(models):
-            kept = max(
-                self._activations(config, placement, model, rank)
-                for rank in range(ep_rank, world_size, placement.ep_size)
-            )
+            kept = max(self._activations(config, placement, model, rank) for rank in placement.holders(ep_rank))
             held.append(memory(model, config, self.recipe.optimizer, kept))
         return config, placement, models, held
 

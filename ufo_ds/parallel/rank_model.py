@@ -100,7 +100,9 @@ class RankModels:
             unit.own = own
         model.heads = copy.deepcopy(self._heads)  # some lose rows
         # Which samples move where is no matter of the model: all exchanges cut it alike.
-        parallelize(model, placement, ep_rank, {}, "aligned", lambda first: _Holders(placement.replicas))
+        parallelize(
+            model, placement, placement.holders(ep_rank)[0], {}, "aligned", lambda first: _Holders(placement.replicas)
+        )
         sizes = expert_sizes(model, placement.world_size)
         lower = {
             f"{prefix}.{name}"

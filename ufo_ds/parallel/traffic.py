@@ -65,7 +65,8 @@ class _Links:
 
     def holders(self, experts: int) -> range:
         """The ranks that share an expert of ``experts`` different ones, or what is shared (0)."""
-        return range(self.rank % max(experts, 1), self.placement.world_size, max(experts, 1))
+        size = self.placement.world_size // max(experts, 1)
+        return range(self.rank // size * size, (self.rank // size + 1) * size)
 
     def ring(self, kind: str, ranks: Sequence[int], nbytes: float) -> None:
         """A collective whose result is of ``nbytes``."""
@@ -124,13 +125,13 @@ def _unit(parameter: Held) -> str:
 def _exchange(links: _Links, recipe: Recipe, config: DistributedConfig, samples: dict[str, int]) -> None:
     """Samples on their way to the ranks of their tasks, once or at every expert layer."""
     placement = links.placement
-    first, me = placement.replica(links.rank) * placement.ep_size, placement.ep_rank(links.rank)
-    read = [placement.read_evenly(first + e, samples) for e in range(placement.ep_size)]
+    group, me = placement.group(links.rank), placement.ep_rank(links.rank)
+    read = [placement.read_evenly(rank, samples) for rank in group]
     per_image = {t.name: _bytes_per_image(recipe, t.name, config) for t in recipe.tasks}
-    for other in range(placement.ep_size):
+    for other, rank in enumerate(group):
         there = sum(len(read[me][name]) * per_image[name][0] for name in placement.tasks_of[other])
         back = sum(len(read[other][name]) * per_image[name][1] for name in placement.tasks_of[me])
-        links.send(first + other, (there + back) * config.accumulation)
+        links.send(rank, (there + back) * config.accumulation)
 
 
 def _bytes_per_image(recipe: Recipe, name: str, config: DistributedConfig) -> tuple[int, int]:
