@@ -28,9 +28,25 @@ Parts = dict[str, Layout]
 OPTIONS = {"source": "test", "licence": "CC0-1.0", "shard_size": 5, "max_corrupt": 0.5}
 
 
+class Gated:
+    """An image that is read only when a file is gone: who is to be killed cannot be done before."""
+
+    def __init__(self, file: Path, closed: Path):
+        self.file, self.closed, self.suffix = file, closed, file.suffix
+
+    def __str__(self) -> str:
+        return str(self.file)
+
+    def read_bytes(self) -> bytes:
+        while self.closed.exists():
+            time.sleep(0.01)
+        return self.file.read_bytes()
+
+
 @pytest.fixture
 def parts(tmp_path: Path) -> Parts:
-    """41 images of noise, which take milliseconds each, some of them corrupt; and 7 more."""
+    """41 images of noise, which take milliseconds each, some of them corrupt; and 7 more. While there is a file
+    "closed" no more than 5 shards can be made."""
     rng = np.random.default_rng(0)
     layouts = {}
     for name, count in (("train", 41), ("query", 7)):
@@ -41,6 +57,8 @@ def parts(tmp_path: Path) -> Parts:
             if number in (4, 5, 6, 13, 40):
                 path.write_bytes(path.read_bytes()[:-9000])
         layouts[name] = read_folder(tmp_path / "images" / name)
+    gated = layouts["train"].samples[30]
+    layouts["train"].samples[30] = Sample(Gated(gated.path, tmp_path / "closed"), gated.label)
     return layouts
 
 
@@ -76,8 +94,13 @@ def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(parts: Parts, t
     assert len(ShardSet.open(tmp_path / "whole/train")) == 36
     draws, out, partial = random.Random(seed), tmp_path / "out", tmp_path / ".out.partial"
     kills, written_at = 0, dict[Path, int]()
+    (tmp_path / "closed").touch()
     while True:
+        if kills >= 3 and len(written_at) >= 3:
+            (tmp_path / "closed").unlink(missing_ok=True)
         shards = len(noted(partial)) + draws.choice([0, 1, 1, 2])
+        if (tmp_path / "closed").exists():
+            shards = min(shards, 4)
         pause = draws.choice([0, 0, draws.uniform(0, 0.03)])  # at a shard's end, or somewhere in the next
 
         def due(shards: int = shards, pause: float = pause) -> bool:
@@ -101,9 +124,11 @@ def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(parts: Parts, t
 
 
 def interrupted(parts: Parts, out: Path, shards: int = 4) -> Path:
-    """The partial directory of a run killed after some shards."""
-    partial = out.with_name(f".{out.name}.partial")
+    """The partial directory of a run killed after 4 shards or 5."""
+    partial, closed = out.with_name(f".{out.name}.partial"), out.with_name("closed")
+    closed.touch()
     assert kill_when(lambda: len(noted(partial)) >= shards, parts, out, workers=1)
+    closed.unlink()
     return partial
 
 
@@ -118,7 +143,7 @@ def test_what_an_interruption_left_is_taken_only_if_it_is_sound(
         return capsys.readouterr().err
 
     interrupted(parts, tmp_path / "a")
-    assert re.search(r"a.partial: going on after [4-9] whole shards\n", finish("a"))
+    assert re.search(r"a.partial: going on after [45] whole shards\n", finish("a"))
 
     shard = interrupted(parts, tmp_path / "b") / "out/train/shard-000001.tar"
     data = bytearray(shard.read_bytes())

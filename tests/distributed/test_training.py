@@ -137,8 +137,12 @@ def test_evaluation_on_ranks(ranks, uninterrupted):
     metrics = next((uninterrupted / "evaluations").glob("step-00000012")) / "metrics.json"
     wanted = json.loads(metrics.read_text())
     metrics.unlink()
-    script = [str(REPOSITORY / "ufo_ds" / "evaluate.py"), str(uninterrupted), "--last", "--batch_size", "7"]
-    output = finish(start([*LAUNCHER[ranks], *script, "--device", "cpu", "--json"]))
+    words = [str(uninterrupted), "--last", "--batch_size", "7", "--device", "cpu", "--json"]
+    if ranks == 2:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        output = finish(start([*torchrun, str(REPOSITORY / "ufo_ds" / "evaluate.py"), *words]))
+    else:
+        output = run_ranks(ranks, entry, evaluate.main, ["--local_rank=0", *words])  # as from DeepSpeed's launcher
     found = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
     assert found == pytest.approx(wanted, abs=1e-6)
     assert json.loads(metrics.read_text()) == found  # kept once, by the first rank
