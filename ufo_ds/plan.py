@@ -119,6 +119,7 @@ def _figures(
         "ep_size": plan.placement.ep_size,
         "exchange": config.exchange,
         "gradient_accumulation_steps": config.accumulation,
+        "recomputed_blocks": len(recipe.model.recomputed_blocks),
         "parameters": {
             "all": sum(counts.values()),
             "without_heads": sum(counts.values()) - heads - routers,
@@ -129,9 +130,7 @@ def _figures(
         "tasks": tasks,
         "ranks": [_rank_figures(rank) for rank in plan.ranks],
         "images_per_step": plan.images,
-        "flops_per_step": sum(
-            (1 + BACKWARD) * of_task["flops_per_image"] * of_task["images_per_step"] for of_task in tasks.values()
-        ),
+        "flops_per_step": sum(planner.flops[name] * of_task["images_per_step"] for name, of_task in tasks.items()),
         "imbalance": plan.imbalance,
         "memory_peak": plan.peak,
         "memory_usable": plan.usable,
@@ -168,7 +167,9 @@ def _lines(recipe: Recipe, plan: Plan, figures: dict[str, Any], gpu: str) -> Ite
         f"ZeRO-{config.stage}, {config.precision}, expert parallel {placement.ep_size} x data parallel "
         f"{placement.replicas}, exchange {config.exchange},"
     )
-    yield f"gradient accumulation {config.accumulation}, {recipe.optimizer.type}"
+    recomputed, depth = len(recipe.model.recomputed_blocks), recipe.model.backbone.depth
+    checkpointing = f", {recomputed} of {depth} blocks computed again" if recomputed else ""
+    yield f"gradient accumulation {config.accumulation}, {recipe.optimizer.type}{checkpointing}"
     yield from _parameter_lines(figures)
     yield from _placement_lines(plan)
     yield from _memory_lines(plan)

@@ -9,6 +9,7 @@ all ranks, of the weights and their averages after the last step, of the logits 
 with fixed routes of the tasks' gradient norms and cosines.
 """
 
+import dataclasses
 import json
 import sys
 
@@ -80,6 +81,7 @@ def make_recipe(case: dict) -> recipes.Recipe:
                 "router": {"probe": case["probe"]},
                 "shared_samples": case["shared_samples"],
                 "drop_path": 0.3,
+                "activation_checkpointing": case["recompute"],
             },
             "tasks": [{**task, "routes": possible(task.get("routes", {}))} for task in tasks[: case["tasks"]]],
             "optimizer": {
@@ -214,8 +216,9 @@ def compare(case: dict) -> dict:
     classes = {name: (MANY_CLASSES if case["sharded"] else CLASSES)[name] for name in names}
     engine = Engine(recipe, configure(case, recipe), classes, pretrained=start_value)
 
+    without_recomputation = dataclasses.replace(recipe.model, activation_checkpointing="none")
     with torch.device("meta"):
-        reference = Supernet(recipe, classes)
+        reference = Supernet(dataclasses.replace(recipe, model=without_recomputation), classes)
     init_weights(reference, pretrained=start_value)
     reference.train()
     optimizer = reference_optimizer(reference_groups(reference, recipe), recipe.optimizer)
