@@ -80,7 +80,7 @@ def make_recipe(case: dict) -> recipes.Recipe:
                 "routes": possible(routes),
                 "router": {"probe": case["probe"]},
                 "shared_samples": case["shared_samples"],
-                "drop_path": 0.3,
+                "drop_path": case["drop_path"],
                 "activation_checkpointing": case["recompute"],
             },
             "tasks": [{**task, "routes": possible(task.get("routes", {}))} for task in tasks[: case["tasks"]]],

@@ -29,7 +29,7 @@ CASES = {
         case(2, 2, "input", bf16=True, mixing=True, optimizer="lamb"),
         case(1, 3, routes="frozen", bf16=True, optimizer="lars"),
         case(1, 3, zero=RELEASING, accumulation=1, sharded=["b"], sampled=["a"]),
-        case(1, 3, zero=RELEASING, recompute="full", probe=0.5),
+        case(1, 3, zero=RELEASING, recompute="full", probe=0.25, routes="frozen", drop_path=0.0),
         case(2, 3, "layer", routes="frozen", optimizer="adamw"),
         case(2, 3, "input", tasks=3, backbone=STEM, zero={**RELEASING, "sub_group_size": 1000}, bf16=True),
         case(2, 3, experts=["ffn"], shared_samples=0.2, optimizer="adamw", zero={"reduce_bucket_size": 10**7}),

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.errors import UserError
@@ -22,6 +21,7 @@ from ufo_ds.model.experts import LEARNED, OWN, SHARED, RoutedUnit
 from ufo_ds.model.heads import BatchNormNeck, Outputs, TaskHead, TaskHeads
 from ufo_ds.model.layers import FFN, Attention, Embedding, Norm
 from ufo_ds.model.packing import Part, Segment, concatenate, join, overlap, patchify, split
+from ufo_ds.model.recomputation import recomputed
 from ufo_ds.model.router import Choices, Place, Router
 from ufo_ds.model.spec import UNITS, SubnetSpec, routes_of
 from ufo_ds.recipe import Backbone, Recipe
@@ -278,14 +278,10 @@ class Supernet(nn.Module):
             drop_path_N = concatenate(
                 [d.repeat_interleave(s.tokens, dim=0) for d, s in zip(by_segment, segments, strict=True)], drop_path_B
             )
-        recomputed = self.recipe.model.recomputed_blocks if self.training else ()
+        again = self.recipe.model.recomputed_blocks if self.training else ()
         for i, block in enumerate(self.blocks):
             arguments = x_ND, segments, choices, None if drop_path_N is None else drop_path_N[:, i]
-            if i in recomputed:
-                # Nothing is drawn in a block. To its end, or ZeRO-3 would not release what the last module gathered.
-                x_ND = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False, early_stop=False)
-            else:
-                x_ND = block(*arguments)
+            x_ND = recomputed(block, *arguments) if i in again else block(*arguments)
         x_ND = self.norm(x_ND, segments, choices.get(("norm", len(self.blocks))))
         pooled_BD = self._pool(x_ND, segments)
         if routed_R3 is not None:

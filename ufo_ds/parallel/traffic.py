@@ -4,8 +4,7 @@ Collectives are counted as rings in the order of ranks: of a result of S bytes o
 reduce-scatter sends S (p - 1) / p from every rank to its neighbour, an all-reduce twice that. What is sent over a ring
 goes between nodes in the share of its neighbours that are on different ones. An all-to-all sends directly. Not counted
 are single numbers, such as norms of gradients, and the first steps, in which DeepSpeed records the order of modules.
-With ``exchange: layer`` learned routes count as if all were own. Where a recomputed block's parameters are not kept
-(ZeRO-3), all of them count as gathered three times; without drop path the last one is gathered twice.
+With ``exchange: layer`` learned routes count as if all were own.
 """
 
 from collections.abc import Iterable, Sequence
