@@ -1,12 +1,15 @@
 """Activation checkpointing computes blocks again and changes nothing: losses and gradients are the same to the bit."""
 
+import dataclasses
 from collections import Counter
 
 import pytest
 import torch
 
+from tests.small_run import make_recipe as recipe_of_run
 from tests.test_model import make_batch, make_images, make_recipe, scrambled
 from ufo_ds.errors import UserError
+from ufo_ds.training.run_directory import resume_from
 
 
 def step(recipe, dtype=torch.float32, autocast=False):
@@ -54,7 +57,13 @@ def test_evaluation_computes_once():
     assert calls[0] == 1
 
 
-@pytest.mark.parametrize("value", ["half", 1, 0])
+def test_a_run_may_go_on_with_it(run):
+    recipe = recipe_of_run()
+    changed = dataclasses.replace(recipe.model, activation_checkpointing="full")
+    assert resume_from(run, dataclasses.replace(recipe, model=changed)) == resume_from(run, recipe) is not None
+
+
+@pytest.mark.parametrize("value", ["half", 1, 0, True, None])
 def test_wrong_values_are_refused(value):
     with pytest.raises(UserError, match="activation_checkpointing"):
         make_recipe(activation_checkpointing=value)

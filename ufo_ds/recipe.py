@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from ufo_ds.errors import UserError
@@ -106,8 +106,15 @@ class Model:
     input: Size | None = None  # of the shared position embedding; default: the first task's input
     # Blocks of which only the input is kept for the backward pass, which computes them again (Chen et al., 2016): none,
     # all ("full"), or every n-th, from the first on.
-    activation_checkpointing: Literal["none", "full"] | Annotated[int, Field(ge=2)] = "none"
+    activation_checkpointing: Literal["none", "full"] | int = "none"
     init: str | None = None  # a Hugging Face ViT checkpoint (directory or hub id) to start from
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _none_full_or_every_nth(cls, value: Any) -> Any:
+        if value not in ("none", "full") and (type(value) is not int or value < 2):
+            raise ValueError(f'{value!r} is neither "none" nor "full" nor a whole number from 2, for every n-th block')
+        return value
 
     @property
     def recomputed_blocks(self) -> range:
