@@ -11,19 +11,25 @@ from tests.distributed.test_equality import STEM, case
 from ufo_ds.model import layers
 from ufo_ds.model.spec import UNITS
 from ufo_ds.model.supernet import Supernet, init_weights
-from ufo_ds.subnets.activations import PRECISIONS, kept_by_head, kept_per_image
+from ufo_ds.subnets.activations import PRECISIONS, kept_by_head, kept_of_recomputed, kept_per_image
 
-BACKBONE = {"dim": 64, "depth": 2, "heads": 4, "patch_size": 4}
+BACKBONE = {"dim": 64, "depth": 2, "heads": 4, "patch_size": 2}
 
 
 @pytest.mark.parametrize(
-    ("backbone", "precision"),
-    [(BACKBONE, "fp32"), (BACKBONE, "bf16"), ({**BACKBONE, **STEM, "patch_size": 8}, "fp32")],
+    ("backbone", "precision", "recompute"),
+    [
+        (BACKBONE, "fp32", "none"),
+        (BACKBONE, "bf16", "none"),
+        ({**BACKBONE, **STEM, "patch_size": 8}, "fp32", "none"),
+        (BACKBONE, "fp32", 2),
+        (BACKBONE, "bf16", "full"),
+    ],
 )
-def test_as_autograd_keeps(backbone, precision, monkeypatch):
+def test_as_autograd_keeps(backbone, precision, recompute, monkeypatch):
     """Everything but the parameters themselves, each memory once, in a forward pass of training."""
     monkeypatch.setattr(layers, "attend", F.scaled_dot_product_attention)  # as on GPUs, in bf16 too
-    recipe = make_recipe(case(1, 3, routes="frozen", tasks=4, accumulation=1, backbone=backbone))
+    recipe = make_recipe(case(1, 3, routes="frozen", tasks=4, accumulation=1, backbone=backbone, recompute=recompute))
     tasks = [dataclasses.replace(task, routes={}) for task in recipe.tasks]  # all own
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, routes={}), tasks=tasks)
     with torch.device("meta"):
@@ -32,7 +38,7 @@ def test_as_autograd_keeps(backbone, precision, monkeypatch):
     if precision == "bf16":
         for parameter in model.parameters():  # as DeepSpeed does, which leaves the buffers
             parameter.data = parameter.data.bfloat16()
-    batch = global_batch(recipe, 0, 0, {task.name: 8 * task.samples_per_step for task in recipe.tasks}, CLASSES)
+    batch = global_batch(recipe, 0, 0, {task.name: 2 * task.samples_per_step for task in recipe.tasks}, CLASSES)
     kept: dict[int, int] = {}
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
@@ -48,7 +54,11 @@ def test_as_autograd_keeps(backbone, precision, monkeypatch):
     for task in recipe.tasks:
         images = len(batch.tasks[task.name].images)
         per_image = kept_per_image(recipe, task.input, PRECISIONS[precision])
-        planned += images * sum(sum(per_image[unit]) for unit in UNITS)
+        again = recipe.model.recomputed_blocks
+        planned += images * sum(
+            nbytes for unit in UNITS for i, nbytes in enumerate(per_image[unit]) if unit == "embed" or i not in again
+        )
+        planned += images * len(again) * kept_of_recomputed(recipe, task.input, PRECISIONS[precision])
         planned += kept_by_head(
             task, model.recipe.model.backbone.dim, images, CLASSES[task.name], PRECISIONS[precision]
         )

@@ -44,10 +44,24 @@ def test_what_fits_fits(capsys, tmp_path):
         if key == "--world_size":
             assert figures(capsys, *small, value)["fits"]
             assert not figures(capsys, *small, str(int(value) // 2))["fits"]
+        elif key.startswith("--"):
+            assert figures(capsys, *small, "32", key, value)["fits"]
         else:
             values = json.loads(Path("ds_configs/moe_17b.json").read_text())
             (tmp_path / "ds.json").write_text(json.dumps({**values, key: int(value)}))
             assert figures(capsys, *small, "32", "--deepspeed", str(tmp_path / "ds.json"))["fits"]
+
+
+def test_recomputation_costs_a_forward_pass_and_saves_activations(capsys):
+    once = figures(capsys, "--world_size", "64")
+    again = figures(capsys, "--world_size", "64", "--model.activation_checkpointing", "full")
+    # All but the embedding and the head are blocks, and backward takes twice the forward pass.
+    assert again["flops_per_step"] == pytest.approx(once["flops_per_step"] * 4 / 3, rel=5e-3)
+    for before, after in zip(once["ranks"], again["ranks"], strict=True):
+        # Of 32 blocks the inputs and one whole remain, of 16 times the input each: about 47 of 512.
+        assert after["memory"]["activations"] == pytest.approx(before["memory"]["activations"] * 47 / 512, rel=0.1)
+        for key in ("parameters", "gradients", "optimizer_state", "reduction_buffer"):
+            assert after["memory"][key] == before["memory"][key]
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def cross_entropy(
     right_B = spread.all_reduce(_of_labels(logits_BC, labels_B))
     loss_B = _LogSumExp.apply(logits_BC, spread) - (1 - label_smoothing) * right_B
     if label_smoothing:
-        classes = spread.all_reduce(logits_BC.new_tensor(float(logits_BC.shape[1])))
+        classes = spread.all_reduce(logits_BC.new_full((), float(logits_BC.shape[1])))
         loss_B = loss_B - label_smoothing / classes * spread.all_reduce(logits_BC.sum(1))
     return loss_B
 

@@ -120,6 +120,7 @@ def _figures(
         "exchange": config.exchange,
         "gradient_accumulation_steps": config.accumulation,
         "zero_optimization": config.deepspeed["zero_optimization"],
+        "recomputed_blocks": len(recipe.model.recomputed_blocks),
         "parameters": {
             "all": sum(counts.values()),
             "without_heads": sum(counts.values()) - heads - routers,
@@ -130,9 +131,7 @@ def _figures(
         "tasks": tasks,
         "ranks": [_rank_figures(rank) for rank in plan.ranks],
         "images_per_step": plan.images,
-        "flops_per_step": sum(
-            (1 + BACKWARD) * of_task["flops_per_image"] * of_task["images_per_step"] for of_task in tasks.values()
-        ),
+        "flops_per_step": sum(planner.flops[name] * of_task["images_per_step"] for name, of_task in tasks.items()),
         "imbalance": plan.imbalance,
         "memory_peak": plan.peak,
         "memory_usable": plan.usable,
@@ -169,7 +168,9 @@ def _lines(recipe: Recipe, plan: Plan, figures: dict[str, Any], gpu: str) -> Ite
         f"ZeRO-{config.stage}, {config.precision}, expert parallel {placement.ep_size} x data parallel "
         f"{placement.replicas}, exchange {config.exchange},"
     )
-    yield f"gradient accumulation {config.accumulation}, {recipe.optimizer.type}"
+    recomputed, depth = len(recipe.model.recomputed_blocks), recipe.model.backbone.depth
+    checkpointing = f", {recomputed} of {depth} blocks computed again" if recomputed else ""
+    yield f"gradient accumulation {config.accumulation}, {recipe.optimizer.type}{checkpointing}"
     if plan.overlaps:
         zero, words = config.deepspeed["zero_optimization"], ""
         if config.stage == 3:

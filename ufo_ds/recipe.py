@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from ufo_ds.errors import UserError
@@ -104,7 +104,23 @@ class Model:
     shared_samples: Share = 0.0
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the last layer, rising linearly from 0
     input: Size | None = None  # of the shared position embedding; default: the first task's input
+    # Blocks of which only the input is kept for the backward pass, which computes them again (Chen et al., 2016): none,
+    # all ("full"), or every n-th, from the first on.
+    activation_checkpointing: Literal["none", "full"] | int = "none"
     init: str | None = None  # a Hugging Face ViT checkpoint (directory or hub id) to start from
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _none_full_or_every_nth(cls, value: Any) -> Any:
+        if value not in ("none", "full") and (type(value) is not int or value < 2):
+            raise ValueError(f'{value!r} is neither "none" nor "full" nor a whole number from 2, for every n-th block')
+        return value
+
+    @property
+    def recomputed_blocks(self) -> range:
+        """Those that activation checkpointing computes again."""
+        chosen = self.activation_checkpointing
+        return range(0) if chosen == "none" else range(0, self.backbone.depth, 1 if chosen == "full" else chosen)
 
     @model_validator(mode="after")
     def _freezes_after_branching(self) -> "Model":

@@ -9,6 +9,7 @@ all ranks, of the weights and their averages after the last step, of the logits 
 with fixed routes of the tasks' gradient norms and cosines.
 """
 
+import dataclasses
 import json
 import sys
 
@@ -80,7 +81,8 @@ def make_recipe(case: dict) -> recipes.Recipe:
                 "routes": possible(routes),
                 "router": {"probe": case["probe"]},
                 "shared_samples": case["shared_samples"],
-                "drop_path": 0.3,
+                "drop_path": case["drop_path"],
+                "activation_checkpointing": case["recompute"],
             },
             "tasks": [{**task, "routes": possible(task.get("routes", {}))} for task in tasks[: case["tasks"]]],
             "optimizer": {
@@ -216,8 +218,9 @@ def compare(case: dict) -> dict:
     engine = Engine(recipe, configure(case, recipe), classes, pretrained=start_value)
     assert engine.sizes_agree == (case["one_input"] or "embed" not in case["experts"] or engine.placement.ep_size == 1)
 
+    without_recomputation = dataclasses.replace(recipe.model, activation_checkpointing="none")
     with torch.device("meta"):
-        reference = Supernet(recipe, classes)
+        reference = Supernet(dataclasses.replace(recipe, model=without_recomputation), classes)
     init_weights(reference, pretrained=start_value)
     reference.train()
     optimizer = reference_optimizer(reference_groups(reference, recipe), recipe.optimizer)

@@ -24,6 +24,7 @@ def case(
     ep, stage, exchange="aligned", routes="learned", tasks=4, optimizer="sgd", clipping=0.5, accumulation=2, last=2,
     experts=EVERYTHING, probe=1.0, shared_samples=0.0, sharded=(), sampled=(), backbone=None,
     batches="heterogeneous", mixing=False, multi_label=False, one_input=False, zero=None,
+    recompute="none", drop_path=0.3,
 ):  # fmt: skip
     return {
         "ep": ep, "stage": stage, "exchange": exchange, "routes": routes, "tasks": tasks, "optimizer": optimizer,
@@ -33,6 +34,7 @@ def case(
         "backbone": backbone or {},
         "batches": batches, "mixing": mixing, "multi_label": multi_label,
         "one_input": one_input, "zero": zero or {},
+        "recompute": recompute, "drop_path": drop_path,
     }  # fmt: skip
 
 
@@ -80,6 +82,11 @@ def test_two_ranks(tmp_path):
         case(1, 2, routes="frozen", optimizer="lars"),
         case(1, 3, routes="freezing", optimizer="lamb", last=1),
         case(2, 1, optimizer="lamb", tasks=3),
+        case(2, 3, recompute="full", probe=0.5, shared_samples=0.2),
+        case(1, 3, recompute="full", probe=0.25, drop_path=0.0),
+        case(1, 3, recompute=2, routes="frozen", last=1),
+        case(2, 1, recompute="full", last=1),
+        case(2, 3, "layer", recompute="full", routes="frozen", last=1, accumulation=1),
     ]
     check(2, cases, tmp_path)
 

@@ -29,6 +29,7 @@ CASES = {
         case(2, 2, "input", bf16=True, mixing=True, optimizer="lamb"),
         case(1, 3, routes="frozen", bf16=True, optimizer="lars"),
         case(1, 3, zero=RELEASING, accumulation=1, sharded=["b"], sampled=["a"]),
+        case(1, 3, zero=RELEASING, recompute="full", probe=0.25, routes="frozen", drop_path=0.0),
         case(2, 3, "layer", routes="frozen", optimizer="adamw"),
         case(2, 3, zero=LARGE, one_input=True, last=1),
         case(2, 1, one_input=True, zero={"reduce_bucket_size": 2000}),
@@ -36,6 +37,8 @@ CASES = {
         case(2, 3, bf16=True, routes="frozen", one_input=True, zero=LARGE, sharded=["a"], optimizer="lamb"),
         case(2, 3, "input", tasks=3, backbone=STEM, zero={**RELEASING, "sub_group_size": 1000}, bf16=True),
         case(2, 3, experts=["ffn"], shared_samples=0.2, optimizer="adamw", zero={"reduce_bucket_size": 10**7}),
+        case(1, 3, zero={"stage3_max_reuse_distance": 7000}, experts=[], recompute=2, routes="frozen"),
+        case(2, 3, "layer", routes="frozen", recompute="full"),
         case(2, 1, autocast=True, routes="frozen"),  # DeepSpeed remembers that there was one: the last cases
         case(2, 3, autocast=True, routes="frozen", zero=RELEASING),
     ],

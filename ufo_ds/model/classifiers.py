@@ -121,7 +121,7 @@ class CosineClassifier(Classifier):
 
     def logits(self, x_BD: Tensor, chosen: Tensor | None = None) -> Tensor:
         weight_CD = self._here(self.weight, chosen).float()
-        return F.linear(F.normalize(x_BD.float()), F.normalize(weight_CD))
+        return _precise_linear(F.normalize(x_BD.float()), F.normalize(weight_CD))
 
 
 class LinearClassifier(Classifier):
@@ -134,7 +134,13 @@ class LinearClassifier(Classifier):
 
     def logits(self, x_BD: Tensor, chosen: Tensor | None = None) -> Tensor:
         bias_C = self._here(self.bias[self.rows.start :], chosen).float()
-        return F.linear(x_BD.float(), self._here(self.weight, chosen).float(), bias_C)
+        return _precise_linear(x_BD.float(), self._here(self.weight, chosen).float(), bias_C)
+
+
+def _precise_linear(x_BD: Tensor, weight_CD: Tensor, bias_C: Tensor | None = None) -> Tensor:
+    """In fp32 under autocast too: in bf16 cosines would be wrong by up to 1/256, and logits of scale 64 by 1/4."""
+    with torch.autocast(x_BD.device.type, enabled=False):
+        return F.linear(x_BD, weight_CD, bias_C)
 
 
 def parts(model: nn.Module) -> dict[str, Part]:

@@ -26,12 +26,13 @@ class Cost:
 
 def path_cost(backbone: Backbone, input_hw: Size) -> Cost:
     """A dense ViT for images of this size, from the pixels to the pooled feature; without head and neck."""
+    return _embedding(backbone, input_hw) + block_cost(backbone, input_hw) * backbone.depth + _norm(backbone)
+
+
+def block_cost(backbone: Backbone, input_hw: Size) -> Cost:
+    """One block of it."""
     tokens = backbone.prefix + _grid(backbone, input_hw)
-    return (
-        _embedding(backbone, input_hw)
-        + (_attention(backbone.dim, tokens) + _ffn(backbone, tokens) + _norm(backbone) * 2) * backbone.depth
-        + _norm(backbone)
-    )
+    return _attention(backbone.dim, tokens) + _ffn(backbone, tokens) + _norm(backbone) * 2
 
 
 def head_cost(task: Task, dim: int, classes: int) -> Cost:

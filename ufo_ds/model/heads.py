@@ -55,7 +55,7 @@ class BatchNormNeck(Padded):
 
     def _batch_statistics(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
         # Two passes: the mean of squares minus the square of the mean cancels where features hardly differ.
-        total = self.group.all_reduce(torch.cat([x_BD.sum(0), x_BD.new_tensor([float(len(x_BD))])]))
+        total = self.group.all_reduce(torch.cat([x_BD.sum(0), x_BD.new_full((1,), float(len(x_BD)))]))
         found = total[-1].detach()
         count = found.clamp(min=1.0)
         mean_D = total[:-1] / count
@@ -213,10 +213,11 @@ class TaskHead(nn.Module):
         """
         rows, generator = self.classifier.rows, torch_generator(*self.key, *moment)
         draws_C = torch.rand(self.classifier.num_classes, generator=generator)[rows.start : rows.stop]
-        used_C = (draws_C < self.options.sampled_negatives).to(present_M.device)
+        used_C = (draws_C < self.options.sampled_negatives).to(present_M.device, non_blocking=True)
         here_M = (present_M >= rows.start) & (present_M < rows.stop)
-        used_C[present_M[here_M] - rows.start] = True
-        return used_C.nonzero()[:, 0], used_C.cumsum(0) - 1
+        # Classes that are elsewhere fall behind the end. Picked by a mask, the others would be waited for.
+        used_C = F.pad(used_C, (0, 1)).scatter_(0, torch.where(here_M, present_M - rows.start, len(rows)), True)[:-1]
+        return used_C.nonzero()[:, 0], used_C.cumsum(0) - 1  # the host waits: how many there are shapes the logits
 
 
 def _with_margin(options: CrossEntropy | CosFace | ArcFace | Circle, x_BC: Tensor, columns_B: Tensor) -> Tensor:

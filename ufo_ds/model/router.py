@@ -55,7 +55,9 @@ class Router(nn.Module):
         logits_R2 = torch.cat([self.logits[task] for task in self.places]).float()
         favours_own_R1 = (logits_R2[:, 1:] > logits_R2[:, :1]).float()
         if step is not None:
-            logits_R2 = (logits_R2 + self._noise(step).to(logits_R2.device)) / self.temperature_at(step)
+            logits_R2 = (logits_R2 + self._noise(step).to(logits_R2.device, non_blocking=True)) / self.temperature_at(
+                step
+            )
         soft_R2 = logits_R2.softmax(-1)
         hard_R2 = torch.zeros_like(soft_R2).scatter_(1, soft_R2.argmax(-1, keepdim=True), 1.0)
         weights_R2 = hard_R2 if step is None else hard_R2 + soft_R2 - soft_R2.detach()

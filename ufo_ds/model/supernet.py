@@ -21,6 +21,7 @@ from ufo_ds.model.heads import BatchNormNeck, Outputs, TaskHead, TaskHeads
 from ufo_ds.model.initialization import Pretrained, fill, start_values
 from ufo_ds.model.layers import FFN, Attention, Embedding, Norm
 from ufo_ds.model.packing import Part, Segment, concatenate, join, overlap, patchify, split
+from ufo_ds.model.recomputation import recomputed
 from ufo_ds.model.router import Choices, Place, Router
 from ufo_ds.model.spec import UNITS, SubnetSpec, routes_of
 from ufo_ds.recipe import Backbone, Recipe
@@ -277,8 +278,10 @@ class Supernet(nn.Module):
             drop_path_N = concatenate(
                 [d.repeat_interleave(s.tokens, dim=0) for d, s in zip(by_segment, segments, strict=True)], drop_path_B
             )
+        again = self.recipe.model.recomputed_blocks if self.training else ()
         for i, block in enumerate(self.blocks):
-            x_ND = block(x_ND, segments, choices, None if drop_path_N is None else drop_path_N[:, i])
+            arguments = x_ND, segments, choices, None if drop_path_N is None else drop_path_N[:, i]
+            x_ND = recomputed(block, *arguments) if i in again else block(*arguments)
         x_ND = self.norm(x_ND, segments, choices.get(("norm", len(self.blocks))))
         pooled_BD = self._pool(x_ND, segments)
         if routed_R3 is not None:

@@ -71,8 +71,9 @@ class Engine:
         names = list(self.samples)
         owned = self.placement.tasks_of[self.placement.ep_rank(self.rank)]
         self._weights_T = torch.tensor([task.weight for task in recipe.tasks], device=self.device)
-        self._rows = [names.index(task) for task in owned]
-        weights = [recipe.tasks[row].weight for row in self._rows]
+        rows = [names.index(task) for task in owned]
+        weights = [recipe.tasks[row].weight for row in rows]
+        self._rows = torch.tensor(rows, dtype=torch.int64, device=self.device)
         self.task_weights = torch.tensor(weights + [1.0] * (self.placement.slots - len(owned)), device=self.device)
         self._assert_alike()
 
@@ -178,8 +179,7 @@ class Engine:
         # ZeRO averages gradients over all ranks, experts' too; the losses are already parts of a global mean.
         self.deepspeed.backward(total * self.world_size)
         parts_TK = torch.zeros(len(self.samples), len(LOSSES), device=self.device)
-        parts_TK[self._rows] = losses_SK.detach()[: len(self._rows)]
-        return parts_TK
+        return parts_TK.index_copy_(0, self._rows, losses_SK.detach()[: len(self._rows)])
 
     def update(self, learning_rate: float) -> None:
         """To be called after every micro-batch; the optimizer steps after the last one of a step."""

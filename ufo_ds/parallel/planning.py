@@ -4,11 +4,11 @@ ranks, without a job."""
 import copy
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ufo_ds.errors import UserError
-from ufo_ds.model.cost import head_cost, path_cost
+from ufo_ds.model.cost import block_cost, head_cost, path_cost
 from ufo_ds.model.spec import UNITS, routes_of
 from ufo_ds.parallel import config as configs
 from ufo_ds.parallel.config import DistributedConfig
@@ -18,7 +18,7 @@ from ufo_ds.parallel.rank_model import RankModel, RankModels
 from ufo_ds.parallel.traffic import Traffic, rank_traffic
 from ufo_ds.parallel.zero_memory import Memory, memory, refuse_uncounted, sized
 from ufo_ds.recipe import Recipe
-from ufo_ds.subnets.activations import PRECISIONS, kept_by_head, kept_per_image
+from ufo_ds.subnets.activations import PRECISIONS, kept_by_head, kept_of_recomputed, kept_per_image
 
 BACKWARD = 2  # times the FLOPs of the forward pass
 MOST_MICRO_BATCHES, MOST_TIMES_THE_RANKS = 64, 32  # as far as settings that fit are looked for
@@ -100,12 +100,12 @@ class Planner:
         self.gpu, self.gpus_per_node = gpu, gpus_per_node
         self.values = on_gpus(values)
         self.models = RankModels(recipe, num_classes)
-        dim = recipe.model.backbone.dim
-        self._flops = {
-            task.name: (1 + BACKWARD)
-            * (path_cost(recipe.model.backbone, task.input) + head_cost(task, dim, num_classes[task.name])).flops
-            for task in recipe.tasks
-        }
+        backbone, again = recipe.model.backbone, len(recipe.model.recomputed_blocks)
+        self.flops = {}  # of an image in a step
+        for task in recipe.tasks:
+            head = head_cost(task, backbone.dim, num_classes[task.name])
+            once = (path_cost(backbone, task.input) + head).flops
+            self.flops[task.name] = (1 + BACKWARD) * once + again * block_cost(backbone, task.input).flops
 
     def plan(self, world_size: int) -> Plan:
         """
@@ -121,7 +121,7 @@ class Planner:
             inside = max(inside, *(sum(t.inside.values()) for t in traffic))
             between = max(between, *(sum(t.between.values()) for t in traffic))
             owned = [placement.owned(rank, samples) for rank in copies]
-            flops = [sum(len(span) * self._flops[name] for name, span in spans.items()) for spans in owned]
+            flops = [sum(len(span) * self.flops[name] for name, span in spans.items()) for spans in owned]
             busiest = flops.index(max(flops))
             ranks.append(
                 RankPlan(
@@ -165,6 +165,10 @@ class Planner:
         for changes in kinds:
             fitting = (words for words, ranks, values in changes if self._fits(ranks, values))
             yield from itertools.islice(fitting, 1)
+        for planner in self._recomputing():
+            if planner._fits(world_size, self.values):
+                yield f"--model.activation_checkpointing {planner.recipe.model.activation_checkpointing}"
+                break
 
     def _combined_changes(self, world_size: int) -> Iterator[tuple[str, int, dict[str, Any]]]:
         """ZeRO-3 and as many micro-batches as there can be, on more and more ranks."""
@@ -177,6 +181,15 @@ class Planner:
                     ranks,
                     values,
                 )
+
+    def _recomputing(self) -> Iterator["Planner"]:
+        """The same with more and more blocks recomputed."""
+        now, model = len(self.recipe.model.recomputed_blocks), self.recipe.model
+        for chosen in (4, 3, 2, "full"):
+            planner = copy.copy(self)
+            planner.recipe = replace(self.recipe, model=replace(model, activation_checkpointing=chosen))
+            if len(planner.recipe.model.recomputed_blocks) > now:
+                yield planner
 
     def _accumulations(self, world_size: int) -> list[tuple[int, dict[str, Any]]]:
         now = self._config(world_size, self.values).accumulation
@@ -222,7 +235,7 @@ class Planner:
         """Of every expert-parallel rank that of the fullest rank."""
         config = self._config(world_size, values)
         placement = self.models.placement(world_size, config.ep_size, config.accumulation)
-        models = self.models.of(placement)
+        models = [replace(m, recomputed=self.recipe.model.recomputed_blocks) for m in self.models.of(placement)]
         config = sized(config, models, int(self.gpu.memory * GIB))
         refuse_uncounted(config, self.source, max(sum(p.numel for p in model.parameters) for model in models))
         held = []
@@ -232,19 +245,23 @@ class Planner:
         return config, placement, models, held
 
     def _activations(self, config: DistributedConfig, placement: Placement, model: RankModel, rank: int) -> int:
-        """Bytes that a rank keeps of a micro-batch for the backward pass."""
+        """Bytes that a rank keeps of a micro-batch for the backward pass, at its beginning: with all that the last
+        block computes again, if it does."""
         precision, samples = PRECISIONS[config.precision], self._samples(config)
         owned = placement.owned(rank, samples)
         # Where rows move at every layer, the shared copies see what was read here.
         read = placement.read_evenly(rank, samples) if config.exchange == "layer" else owned
-        total = 0
+        last = self.recipe.model.backbone.depth - 1
+        total, inputs_alone = 0, [i for i in self.recipe.model.recomputed_blocks if i != last]
         for task in self.recipe.tasks:
             here, before = len(owned.get(task.name, ())), len(read.get(task.name, ()))
             if here or before:
                 kept, routes = kept_per_image(self.recipe, task.input, precision), routes_of(self.recipe, task.name)
                 for unit in UNITS:
-                    for nbytes, route in zip(kept[unit], routes[unit], strict=True):
-                        total += nbytes * (before if route == "shared" else here)
+                    for layer, (nbytes, route) in enumerate(zip(kept[unit], routes[unit], strict=True)):
+                        if unit == "embed" or layer not in inputs_alone:
+                            total += nbytes * (before if route == "shared" else here)
+                total += before * len(inputs_alone) * kept_of_recomputed(self.recipe, task.input, precision)
         for name, head in zip(model.tasks, model.heads, strict=False):
             task = next(task for task in self.recipe.tasks if task.name == name)
             images = samples[name] if head.classifier.is_spread else len(owned[name])

@@ -46,6 +46,11 @@ class Held:
     def padded(self) -> int:
         return self.part * self.holders
 
+    @property
+    def block(self) -> int | None:
+        parts = self.name.split(".")
+        return int(parts[1]) if parts[0] == "blocks" else None
+
 
 @dataclass(frozen=True)
 class RankModel:
@@ -55,6 +60,7 @@ class RankModel:
     heads: tuple[TaskHead, ...]  # of every slot, empty ones too
     parameters: tuple[Held, ...]  # in the model's order
     buffers: int  # elements, fp32
+    recomputed: range  # blocks
 
 
 class _Holders(HolderGroup):
@@ -129,7 +135,8 @@ class RankModels:
             )
         heads = tuple(module for module in model.heads.children() if isinstance(module, TaskHead))
         buffers = sum(buffer.numel() for buffer in model.buffers())
-        return RankModel(placement.tasks_of[ep_rank], heads, tuple(held), buffers)
+        recomputed = self.recipe.model.recomputed_blocks
+        return RankModel(placement.tasks_of[ep_rank], heads, tuple(held), buffers, recomputed)
 
 
 class Calls:

@@ -7,8 +7,6 @@ are single numbers, such as norms of gradients, and the first steps, in which De
 With ``exchange: layer`` learned routes count as if all were own.
 """
 
-import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +15,7 @@ from ufo_ds.model.heads import BatchNormNeck
 from ufo_ds.model.spec import routes_of
 from ufo_ds.parallel.config import DistributedConfig
 from ufo_ds.parallel.placement import Placement, share
-from ufo_ds.parallel.rank_model import Held, RankModel
+from ufo_ds.parallel.rank_model import RankModel
 from ufo_ds.parallel.zero_memory import aligned, gathers, partition_groups, wire_bytes
 from ufo_ds.recipe import Recipe
 from ufo_ds.subnets.activations import FP32, PRECISIONS
@@ -98,28 +96,13 @@ def _zero(links: _Links, model: RankModel, config: DistributedConfig) -> None:
             links.ring("all-reduce", ranks, used * reductions)
             links.ring("all-gather", ranks, aligned(group) * element)
         return
-    _, kept = gathers(model, config)
-    units = Counter[str]()
-    for p in model.parameters:
-        units[_unit(p)] += p.numel if p.calls else 0
-
-    def times(parameter: Held) -> int:
-        if parameter.module in kept:
-            return 1
-        # Between the calls of a unit's copy are those of its other ones.
-        stays = units[_unit(parameter)] < config.deepspeed["zero_optimization"]["stage3_max_reuse_distance"]
-        return (1 if stays else parameter.calls) + 1  # and in the backward pass
-
+    found = gathers(model, config)
     for group in partition_groups(p for p in model.parameters if p.calls):
         ranks = links.holders(group[0].experts)
-        gathered = sum(p.padded * wire_bytes(p, config) * times(p) for p in group)
+        gathered = sum(p.padded * wire_bytes(p, config) * found.times(p) for p in group)
         reduced = sum(p.padded * wire_bytes(p, config) for p in group)
         links.ring("all-gather", ranks, gathered * config.accumulation)
         links.ring("reduce-scatter", ranks, reduced * config.accumulation)
-
-
-def _unit(parameter: Held) -> str:
-    return re.split(r"\.(?:own|shared)\.", parameter.name)[0]
 
 
 def _exchange(links: _Links, recipe: Recipe, config: DistributedConfig, samples: dict[str, int]) -> None:
@@ -148,13 +131,18 @@ def _bytes_per_image(recipe: Recipe, name: str, config: DistributedConfig) -> tu
     own = {unit: sum(route != SHARED for route in layers) for unit, layers in routes.items()}
     blocks_norm = sum(route != SHARED for route in routes["norm"][:-1])  # two norms each
     calls = own["attn"] + own["ffn"] + own["norm"] + blocks_norm
+    again = sum(
+        (routes["attn"][i] != SHARED) + (routes["ffn"][i] != SHARED) + 2 * (routes["norm"][i] != SHARED)
+        for i in recipe.model.recomputed_blocks
+    )
     row = backbone.dim * precision.residual
-    # Forward and backward, each way; pixels have no gradient. The head's rows are one an image and stay there.
+    # Forward, again in recomputation, and backward, each way; pixels have no gradient. The head's rows are one an image
+    # and stay there.
     embed = own["embed"]
-    there = tokens * (2 * calls * row + embed * (3 * patch**2 * precision.parameter + row)) + row + LABEL
+    there = tokens * ((2 * calls + again) * row + embed * (3 * patch**2 * precision.parameter + row)) + row + LABEL
     if any(t.augment.mixes for t in recipe.tasks):
         there += LABEL + FP32
-    return there, tokens * (2 * calls * row + embed * row) + row
+    return there, tokens * ((2 * calls + again) * row + embed * row) + row
 
 
 def _heads(links: _Links, model: RankModel, config: DistributedConfig, samples: dict[str, int], dim: int) -> None:

@@ -5,6 +5,8 @@ behind the other, pad the whole to twice the number of holders, and partition th
 precision.
 """
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -126,28 +128,69 @@ def aligned(group: Sequence[Held]) -> int:
     return -(-sum(p.numel for p in group) // unit) * unit
 
 
-def gathers(model: RankModel, config: DistributedConfig) -> tuple[dict[str, int], set[str]]:
-    """Elements of every module that is gathered (ZeRO-3), in the order of the forward pass, and those that stay whole
-    from there to the backward pass.
+@dataclass(frozen=True)
+class Gathers:
+    """What ZeRO-3 gathers: elements of every module, in the order of the forward pass; those that stay whole from there
+    to their next use; those of recomputed blocks that stay whole from there to the backward pass."""
+
+    padded: dict[str, int]
+    kept: set[str]
+    kept_again: set[str]
+    block: dict[str, int]  # of the modules of recomputed blocks, which block that is
+    stay: set[str]  # units whose copies stay whole while others of the unit are called
+
+    def times(self, parameter: Held) -> int:
+        """How often a parameter is gathered in a forward and backward pass."""
+        if parameter.module in self.kept:
+            return 1
+        calls = 1 if _unit(parameter) in self.stay else parameter.calls
+        if parameter.module not in self.block:
+            return calls + 1
+        return 2 * calls + (parameter.module not in self.kept_again)
+
+
+def gathers(model: RankModel, config: DistributedConfig) -> Gathers:
+    """What a rank with this model gathers.
 
     DeepSpeed keeps a module if fewer than ``stage3_max_reuse_distance`` elements are used until it comes again. What it
     fetches ahead while that is there already would be kept too: with ``stage3_max_live_parameters`` of at most half the
     distance there is none such.
     """
+    distance = config.deepspeed["zero_optimization"]["stage3_max_reuse_distance"]
     padded: dict[str, int] = {}
     passed: dict[str, int] = {}
+    block: dict[str, int] = {}
+    of_block = dict.fromkeys(model.recomputed, 0)
     for parameter in model.parameters:
         if parameter.calls:
             shared = parameter.padded if parameter.holders > 1 else 0
             padded[parameter.module] = padded.get(parameter.module, 0) + shared
             passed[parameter.module] = passed.get(parameter.module, 0) + parameter.numel
-    kept, between = set(), 0
+            if parameter.block is not None and parameter.block in model.recomputed:
+                block[parameter.module] = parameter.block
+                of_block[parameter.block] += parameter.numel
+    kept, kept_again, between = set(), set(), 0
+    behind: dict[int, int] = {}  # elements used between a recomputed block's forward pass and its recomputation
     for module in reversed(padded):
-        if 2 * between < config.deepspeed["zero_optimization"]["stage3_max_reuse_distance"]:
+        number = block.get(module)
+        if number is None:
+            until_next = between
+        else:
+            until_next = behind.setdefault(number, between) + of_block[number] - passed[module]
+            if (between - behind[number]) * 2 // 3 < distance:
+                kept_again.add(module)
+        if until_next < distance:
             kept.add(module)
         if not module.startswith("heads."):  # leaves are not looked into on the way
-            between += passed[module]
-    return padded, kept
+            between += (3 if module in block else 2) * passed[module]
+    units = Counter[str]()
+    for p in model.parameters:
+        units[_unit(p)] += p.numel if p.calls else 0
+    return Gathers(padded, kept, kept_again, block, {unit for unit, size in units.items() if size < distance})
+
+
+def _unit(parameter: Held) -> str:
+    return re.split(r"\.(?:own|shared)\.", parameter.name)[0]
 
 
 def largest_reduction(model: RankModel, config: DistributedConfig) -> int:
@@ -187,14 +230,19 @@ def memory(model: RankModel, config: DistributedConfig, options: Optimizer, acti
     if config.stage == 3:
         parts = [sum(p.part for p in group) for group in groups]
         whole = sum(parts)
-        padded, kept = gathers(model, config)
-        largest_gather = max(padded.values()) * element
-        gathered = sum(size for name, size in padded.items() if name in kept) * element
-        if len(kept) < len(padded):
+        found = gathers(model, config)
+        largest_gather = max(found.padded.values()) * element
+        gathered = sum(size for name, size in found.padded.items() if name in found.kept) * element
+        if len(found.kept) < len(found.padded):
             gathered += largest_gather
             if zero["stage3_prefetch_bucket_size"]:  # which goes on until as many are live, the last one on top
                 live = zero["stage3_max_live_parameters"] + max(p.padded for p in model.parameters)
-                gathered = min(max(gathered, live * element), sum(padded.values()) * element)
+                gathered = min(max(gathered, live * element), sum(found.padded.values()) * element)
+        # What a block computes again holds its parameters until its backward pass.
+        again = dict.fromkeys(model.recomputed, 0)
+        for name, number in found.block.items():
+            again[number] += 0 if name in found.kept else found.padded[name] * element
+        gathered += max(again.values(), default=0)
     else:
         parts = [aligned(group) // group[0].holders for group in groups]
         whole = sum(aligned(group) for group in groups)
@@ -211,14 +259,24 @@ def memory(model: RankModel, config: DistributedConfig, options: Optimizer, acti
         optimizer_state=sum(parts) * FP32 * state_tensors(options),
         averages=sum(parts) * FP32 if options.average is not None else 0,
         buffers=model.buffers * FP32,
-        activations=activations + (sum(2 * p.numel for p in model.parameters if p.calls and p.lower)
-                                   if precision.autocast else 0),
+        activations=activations + (_cast_copies(model) if precision.autocast else 0),
         gathered=gathered,
         largest_gather=largest_gather,
         whole_gradients=sum(p.numel for p in model.parameters if p.calls) * element if config.stage == 1 else 0,
         reduction_copy=largest_reduction(model, config) * element,
         step_copy=step * (FP32 if element == FP32 else FP32 + element),
     )  # fmt: skip
+
+
+def _cast_copies(model: RankModel) -> int:
+    """Bytes of the weights' copies in bf16 that autocast makes and the backward pass needs: of one of the recomputed
+    blocks at a time."""
+    sizes: dict[int | None, int] = {}
+    for parameter in model.parameters:
+        if parameter.calls and parameter.lower:
+            block = parameter.block if parameter.block in model.recomputed else None
+            sizes[block] = sizes.get(block, 0) + 2 * parameter.numel
+    return sizes.pop(None, 0) + max(sizes.values(), default=0)
 
 
 def wire_bytes(parameter: Held, config: DistributedConfig) -> int:

@@ -1,4 +1,4 @@
-"""What a training step keeps of the forward pass for the backward pass, in bytes, by formula; nothing is recomputed.
+"""What a training step keeps of the forward pass for the backward pass, in bytes, by formula.
 
 Per token of a block, with D the width and H the hidden width of the FFN:
 
@@ -9,6 +9,8 @@ Per token of a block, with D the width and H the hidden width of the FFN:
 which is 8 D + 2 H elements, 16 D where H is 4 D, and a factor of each residual branch for drop path. Attention scores
 are not kept: PyTorch's fused kernels compute them again. Not counted: where some tasks take the shared copy of a unit
 and others their own, or shared attention has images of several sizes, rows are copied to sort them, up to D for a unit.
+
+Of a block that is recomputed its input is kept (D), and drop path's factors; while it is recomputed, all of the above.
 """
 
 from dataclasses import dataclass
@@ -40,8 +42,7 @@ def kept_per_image(recipe: Recipe, input_hw: Size, precision: Precision) -> dict
     """Bytes that one image keeps in every unit, by layer."""
     backbone = recipe.model.backbone
     dim, hidden = backbone.dim, round(backbone.dim * backbone.mlp_ratio)
-    grid = (input_hw[0] // backbone.patch_size, input_hw[1] // backbone.patch_size)
-    tokens = backbone.prefix + grid[0] * grid[1]
+    grid, tokens = _grid(backbone, input_hw), _tokens(backbone, input_hw)
     norm = tokens * (dim * precision.residual + 2 * FP32)
     attention = tokens * (5 * dim * precision.rows + backbone.heads * FP32)
     ffn = tokens * (dim + 2 * hidden) * precision.rows
@@ -55,6 +56,13 @@ def kept_per_image(recipe: Recipe, input_hw: Size, precision: Precision) -> dict
     }
 
 
+def kept_of_recomputed(recipe: Recipe, input_hw: Size, precision: Precision) -> int:
+    """Bytes that one image keeps of a block that is recomputed."""
+    backbone = recipe.model.backbone
+    factors = 2 * FP32 if recipe.model.drop_path else 0
+    return _tokens(backbone, input_hw) * (backbone.dim * precision.residual + factors)
+
+
 def kept_by_head(task: Task, dim: int, images: int, rows: int, precision: Precision) -> int:
     """Bytes that a head keeps of ``images``, ``rows`` of its classifier being here: it computes in fp32."""
     margin = task.head.type == "margin"
@@ -62,6 +70,15 @@ def kept_by_head(task: Task, dim: int, images: int, rows: int, precision: Precis
     logits = sum(3 if name in ("arcface", "circle") else 1 for name in task.loss.given if name != "triplet")
     features = 3 if margin else precision.parameter < FP32  # before the neck, behind it, normalised
     return FP32 * (copies * rows * dim + images * (features * dim + logits * rows))
+
+
+def _grid(backbone: Backbone, input_hw: Size) -> tuple[int, int]:
+    return input_hw[0] // backbone.patch_size, input_hw[1] // backbone.patch_size
+
+
+def _tokens(backbone: Backbone, input_hw: Size) -> int:
+    height, width = _grid(backbone, input_hw)
+    return backbone.prefix + height * width
 
 
 def _embedding(backbone: Backbone, grid: tuple[int, int], tokens: int, precision: Precision) -> int:

@@ -100,7 +100,7 @@ class Balancer:
     def note(self, step: int, parts_TK: Tensor) -> None:
         """Add the losses of a step, as :meth:`Engine.step` returns them."""
         own_steps = [len(self.phases.task_steps(step, task)) for task in self.samples]
-        self.sums_T += parts_TK.sum(1) * torch.tensor(own_steps, device=parts_TK.device)
+        self.sums_T += parts_TK.sum(1) * torch.tensor(own_steps).to(parts_TK.device, non_blocking=True)
 
     def is_due(self, step: int) -> bool:
         """Whether a phase begins with ``step`` whose rates are not known yet."""

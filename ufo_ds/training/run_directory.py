@@ -28,6 +28,7 @@ from ufo_ds.recipe_file import dump, to_yaml
 # What may differ between two starts of one run: where it stops and what it shows, not what it computes.
 _FREE = (
     "schedule.steps", "guard.patience", "data.workers", "data.shard_cache.", "evaluation.", "checkpoint.", "logging.",
+    "model.activation_checkpointing",
 )  # fmt: skip
 
 
