@@ -76,18 +76,20 @@ VERBS: dict[str, Callable[[list[str]], None]] = {"resume": resume}
 
 def _parse(words: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
     parser = argparse.ArgumentParser(
-        prog="ufo verify resume", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        usage="ufo verify resume [RUN | --recipe RECIPE [--section.key VALUE ...]] [options]", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        epilog="RUN is a run directory, from whose last checkpoint all go on. Any value of a recipe can be set.",
     )  # fmt: skip
-    parser.add_argument("run", nargs="?", type=Path, help="a run directory, from whose last checkpoint all go on")
     parser.add_argument("--recipe", help="a shipped recipe or a YAML file (default: resume)")
     parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks (default: 1,2,4)")
     parser.add_argument("--ep", default="1,2,4", help="sizes of expert parallelism, where they divide the ranks")
     parser.add_argument("--zero", default="1,3", help="ZeRO stages (default: 1,3)")
-    parser.add_argument("--optimizers", help="default: sgd,adamw; of a run its own")
+    parser.add_argument("--optimizers", help=f"of {', '.join(RATES)} (default: sgd,adamw; of a run its own)")
     parser.add_argument("--steps", default="3", help="to compare (default: 3)")
     parser.add_argument("--json", action="store_true", help="print every pair as JSON")
     options, rest = parser.parse_known_args(words)
+    # Not argparse's, which would take the value of a recipe's key for it.
+    options.run = Path(rest.pop(0)) if rest and not rest[0].startswith("--") else None
     return options, recipe_file.overrides_of(rest)
 
 
