@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
-from ufo_ds import checkpoint, verify
+from ufo_ds import checkpoint, verify, verify_resume
 from ufo_ds.errors import run
 
 
@@ -44,7 +44,7 @@ def check(found: dict, shapes: list[tuple[int, int]], optimizers: list[str]) -> 
         assert pair["same_samples"]
         states = {"momentum_buffer"} if pair["optimizer"] == "sgd" else {"exp_avg", "exp_avg_sq"}
         assert pair["differences"].keys() == {"weight", "average", "buffer", "loss"} | states
-        assert pair["largest_difference"] == max(pair["differences"].values()) <= verify.BAR
+        assert pair["largest_difference"] == max(pair["differences"].values()) <= verify_resume.BAR
     # What is computed elsewhere cannot be the same to the bit everywhere.
     assert any(pair["largest_difference"] for pair in found["pairs"])
     assert all(pair["same_samples"] for pair in found["references"])
@@ -73,7 +73,7 @@ def change_draws(index: dict) -> None:
 def test_what_is_lost_is_found(data, monkeypatch, capsys):
     """Of the checkpoints of three topologies a tensor of the optimizer is changed in one, what samples come next in
     another; those that go on from them fail, others do not."""
-    train_references = verify.train_references
+    train_references = verify_resume.train_references
 
     def and_tamper(job, progress):
         train_references(job, progress)
@@ -81,7 +81,7 @@ def test_what_is_lost_is_found(data, monkeypatch, capsys):
         change_tensor(first, "heads.letters.classifier.weight|momentum_buffer")
         change_index(second, change_draws)
 
-    monkeypatch.setattr(verify, "train_references", and_tamper)
+    monkeypatch.setattr(verify_resume, "train_references", and_tamper)
     words = ["resume", *data, "--ranks", "1", "--zero", "1,2,3", "--optimizers", "sgd", "--steps", "1"]
     with pytest.raises(SystemExit) as status:
         run(verify.main, [*words, "--json"])
