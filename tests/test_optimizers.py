@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from tests.layerwise import Lamb, Lars
-from tests.small_run import make_model, make_recipe
+from tests.small_run import make_images, make_model, make_recipe, outputs_of, relative
 from ufo_ds import recipe_file
 from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.errors import UserError
@@ -17,6 +17,7 @@ from ufo_ds.model.parameters import (
     unused,
     update_rule,
     used_together,
+    without_effect,
 )
 from ufo_ds.model.supernet import Supernet
 from ufo_ds.parallel.optimizers import OPTIMIZERS, average_decay
@@ -156,6 +157,32 @@ def test_slices_left_out_stay_to_the_bit(kind):
     for piece in slices:
         for old, new in zip(before[piece.name], tensors_of(piece), strict=True):
             assert torch.equal(old, new) == (piece.name in unused or not piece.length)
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, 12), (3, 4), (5, 1), (5, 5), (0, 4), (8, 4), (2, 8)])
+def test_the_bias_of_keys_stays_to_the_bit(start, length):
+    """Elements 4 to 7 of this one, of which a rank has elements ``start`` on."""
+    flat = torch.full((20,), float("nan"))
+    piece = Slice("blocks.0.attn.shared.qkv.bias", (12,), flat, 3, start, length, None)
+    piece.of(flat).copy_(before := torch.randn(length))
+    optimizer, _ = make([piece], [flat], type="adamw", average=0.9)
+    give_gradients([piece], [flat], 0)
+    optimizer.step()
+    keys = [4 <= element < 8 for element in range(start, start + length)]
+    assert (piece.of(flat) == before).tolist() == keys
+
+
+def test_no_output_depends_on_the_bias_of_keys():
+    recipe = make_recipe(experts=["embed", "attn", "ffn"])
+    model, changed = make_model(recipe), make_model(recipe)
+    with torch.no_grad():
+        for name, parameter in changed.named_parameters():
+            keys = without_effect(name, parameter.shape)
+            parameter[keys.start : keys.stop] += torch.randn(len(keys), *parameter.shape[1:])
+    assert not torch.equal(model.blocks[0].attn.shared.qkv.bias, changed.blocks[0].attn.shared.qkv.bias)
+    for task in ("digits", "glyphs"):
+        wanted, found = (outputs_of(m, task, make_images()).embedding for m in (model, changed))
+        assert relative(found, wanted) < 1e-5
 
 
 def test_averages_follow_their_definition():

@@ -10,6 +10,7 @@ VERBS = {
     "shards": "turn images into WebDataset shards with a manifest; verify them",
     "data": "look at a recipe's data: figures, a batch as training sees it, test images that training has seen",
     "plan": "say what a run would need: memory, FLOPs, traffic and time a step, on any number of GPUs",
+    "verify": "proofs that anybody can run: resume, that a checkpoint goes on at any other topology",
     "evaluate": "run the benchmarks of a trained run or of an extracted model",
     "report": "the results of runs as one page: metrics with intervals, curves, pictures, routes, costs",
     "compare": "compare two recipes by their runs, with intervals over seeds and test items",

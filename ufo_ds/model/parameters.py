@@ -85,6 +85,15 @@ def unused(names: Iterable[str], routes: Routes, shared_samples: float = 0.0) ->
     return {name for name in names if not is_used(address_of(name))}
 
 
+def without_effect(name: str, shape: Sequence[int]) -> range:
+    """The elements of a flattened parameter on which no output depends: a bias of the keys adds the same to all logits
+    of a query, and softmax takes it away. Its gradient is rounding noise, which Adam would turn into steps as large as
+    any, another way on every topology; so it stays as it is."""
+    if not name.endswith(".qkv.bias"):
+        return range(0)  # a slice then ends before it, or begins behind it
+    return range(shape[0] // 3, shape[0] // 3 * 2)
+
+
 def used_together(names: Iterable[str], routes: Routes, shared_samples: float = 0.0) -> set[str]:
     """Those of the named parameters of shared copies that the paths of several tasks go through, or may go through.
     Arguments as of :func:`unused`."""

@@ -143,16 +143,21 @@ class Saver:
             raise self._raised
 
     def end(self, seconds: float = 30.0) -> None:
-        """The same where training ends early; raises nothing."""
+        """The same where training ends, early or not; raises nothing. To be called last."""
         if self._thread is not None:
             self._thread.join(seconds)
+        if not self.writing:
+            dist.destroy_process_group(self._group)
 
 
 def save(engine: Engine, directory: Path, index: Index) -> Path:
     """Write one checkpoint, and wait until it is whole; raises as :meth:`Saver.wait`."""
     saver = Saver(engine, directory)
-    saver.save(index)
-    saver.wait()
+    try:
+        saver.save(index)
+        saver.wait()
+    finally:
+        saver.end()
     return directory / name_of(index.step)
 
 

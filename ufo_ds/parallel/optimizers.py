@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ufo_ds.checkpoint import AVERAGE
-from ufo_ds.model.parameters import UpdateRule
+from ufo_ds.model.parameters import UpdateRule, without_effect
 from ufo_ds.parallel.shards import Slice
 from ufo_ds.recipe import Optimizer as Options
 
@@ -98,9 +98,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         found: dict[UpdateRule, list[tuple[int, str]]] = {}
         end = 0
         for piece in sorted((piece for piece in used if piece.length), key=lambda piece: piece.offset):
-            sizes += [piece.offset - end, piece.length]
-            end = piece.offset + piece.length
-            found.setdefault(self._rules[piece.name], []).append((len(sizes) - 1, piece.name))
+            for start, stop in _stepped(piece):
+                sizes += [start - end, stop - start]
+                end = stop
+                found.setdefault(self._rules[piece.name], []).append((len(sizes) - 1, piece.name))
         sizes.append(flat.numel() - end)
         buckets = [
             Bucket(
@@ -133,6 +134,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     keep = average_decay(self.options.average, int(state["step"]))
                     for bucket in plan.buckets:
                         torch._foreach_lerp_(chunks.of(AVERAGE, bucket), chunks.of("weight", bucket), 1 - keep)
+
+
+def _stepped(piece: Slice) -> list[tuple[int, int]]:
+    """The ranges of the partition in which a slice is stepped: all of it but what has no effect."""
+    idle, stop = without_effect(piece.name, piece.shape), piece.start + piece.length
+    ranges = [(piece.start, min(stop, idle.start)), (max(piece.start, idle.stop), stop)]
+    shift = piece.offset - piece.start
+    return [(low + shift, high + shift) for low, high in ranges if low < high]
 
 
 class Chunks:
