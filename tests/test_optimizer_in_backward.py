@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.gpu_throughput import recompute
 from tests.small_run import make_recipe
+from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.model.parameters import UpdateRule
 from ufo_ds.model.supernet import Supernet, init_weights
 from ufo_ds.training import optimizer_in_backward as in_backward
@@ -134,3 +136,32 @@ def test_a_supernet_starts_as_everywhere_else():
         found = model.get_buffer(name)
         assert found.dtype == wanted.dtype
         assert torch.equal(found, wanted), name
+
+
+@pytest.mark.parametrize("route", ["own", "learned"])
+def test_recomputed_blocks_take_the_same_steps(route):
+    """A block is computed again before any of its own weights has changed, whatever changed behind it."""
+    recipe = make_recipe(experts=["embed", "attn", "ffn"], routes={"attn": route})
+    classes, ends, start = {"digits": 10, "glyphs": 7}, [], {}
+    for on in (False, True):
+        with torch.device("meta"):
+            model = Supernet(recipe, classes)
+        in_backward.to_device(model, "cpu")
+        optimizer = SGDInBackward(dict(model.named_parameters()), in_backward.rules_of(model))
+        in_backward.assign_initial_values(optimizer, model)
+        start = {name: optimizer.master(name) for name in optimizer.parameters}
+        recompute(model.train(), on)
+        optimizer.learning_rate = 0.1
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            tasks = {
+                task.name: TaskBatch(
+                    torch.randint(0, 256, (8, 3, *task.input), generator=generator).to(torch.uint8),
+                    torch.arange(8) // 2, range(8), 8,
+                )
+                for task in recipe.tasks
+            }  # fmt: skip
+            model(Batch(step, 0, tasks, {})).sum().backward()
+        ends.append({name: optimizer.master(name) for name in optimizer.parameters})
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    assert sum(not torch.equal(value, ends[0][name]) for name, value in start.items()) > len(start) / 2
