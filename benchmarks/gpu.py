@@ -1,4 +1,4 @@
-"""What one large GPU does with ufo_ds: is it right, how fast, and does the 17 billion parameter model train on it.
+r"""What one large GPU does with ufo_ds: is it right, how fast, and does the 17 billion parameter model train on it.
 
     python benchmarks/gpu.py [--out DIR] [--quick]
 
@@ -18,8 +18,9 @@ On a bare machine nothing needs to be installed but torch, numpy, PyYAML, scikit
 part `engine` alone also needs deepspeed and what reads data. Where no package index is reached, wheels can be carried,
 fetched for that machine's Python (here 3.12) with
 
-    python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
-        --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d wheels pydantic==2.14.3 \
+    python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+        --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+        -d wheels pydantic==2.14.3 \
         pydantic-core==2.50.4 annotated-types typing-inspection typing-extensions hjson webdataset braceexpand \
         simplejpeg
     python -m pip wheel --no-deps -w wheels deepspeed==0.19.8
@@ -34,6 +35,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -49,6 +51,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # Seconds of a part: 515 together. The engine compiles a small C++ extension at its first start.
 LIMITS = {"equality": 45, "engine": 100, "throughput": 175, "ufo2_17b": 195}
 QUICK_LIMIT_S = 300  # of each part: there is no hurry, and machines without a GPU may be busy
+FAILED = "failed: "  # what a part's own note of that begins with
 START_S = 15  # of a part's limit, for the start of its process and of the GPU
 
 
@@ -77,10 +80,12 @@ def write(file: Path, content: dict[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """For JSON, with five digits that count."""
+    """For JSON, with five digits that count; what is no number as a word."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
-    return value if isinstance(value, int | str) else float(f"{float(value):.5g}")
+    if isinstance(value, int | str):
+        return value
+    return float(f"{float(value):.5g}") if math.isfinite(value) else str(float(value))
 
 
 def run_part(name: str, file: Path, quick: bool) -> None:
@@ -98,7 +103,7 @@ def run_part(name: str, file: Path, quick: bool) -> None:
         part.measure(device, quick or device.type == "cpu", LIMITS[name] - START_S, report)
     except Exception as error:
         traceback.print_exc()
-        report(notes=[f"failed: {type(error).__name__}: {error}".partition("\n")[0]])
+        report(notes=[f"{FAILED}{type(error).__name__}: {error}".partition("\n")[0]])
         sys.exit(1)
 
 
@@ -111,23 +116,24 @@ def start(name: str, file: Path, quick: bool) -> subprocess.Popen:
 
 def outcomes(process: subprocess.Popen, file: Path, limit_s: float) -> Iterator[dict[str, Any]]:
     """What a part has found so far, about once a second until it ends or has used up its time."""
-    end, notes = time.monotonic() + limit_s, []
+    end, stopped = time.monotonic() + limit_s, False
     try:
         while process.poll() is None and time.monotonic() < end:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(min(1.0, max(end - time.monotonic(), 0.0)))
             if process.poll() is None:
                 yield _read(file)
-        if process.poll() is None:
-            notes = [f"stopped after {limit_s} s"]
-        elif process.returncode not in (0, 1):  # 1: it has noted the reason itself
-            notes = [f"ended with status {process.returncode}"]
+        stopped = process.poll() is None
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     found = _read(file)
-    yield {**found, "notes": found["notes"] + notes}
+    if stopped:
+        found["notes"].append(f"stopped after {limit_s} s")
+    elif process.returncode and not any(note.startswith(FAILED) for note in found["notes"]):
+        found["notes"].append(f"ended with status {process.returncode}")
+    yield found
 
 
 def _read(file: Path) -> dict[str, Any]:

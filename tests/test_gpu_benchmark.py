@@ -69,6 +69,16 @@ def test_a_failure_is_one_line_in_the_report(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "part.json").read_text())["notes"] == ["failed: ValueError: no such thing"]
 
 
+def test_a_report_is_plain_json(tmp_path):
+    report = gpu.Report(tmp_path / "part.json")
+    report({"n": 3, "x": 1 / 3, "all": [float("inf"), 2.0]}, {"y": (float("nan"), 1.0)}, ["word"])
+    assert json.loads((tmp_path / "part.json").read_text(), parse_constant=pytest.fail) == {
+        "figures": {"n": 3, "x": 0.33333, "all": ["inf", 2.0]},
+        "bars": {"y": {"value": "nan", "bar": 1.0, "ok": False}},
+        "notes": ["word"],
+    }
+
+
 def test_results_are_written_as_they_come(tmp_path):
     results = gpu.Results(tmp_path / "results")
     results.note("equality", {"figures": {"device": "NVIDIA H200", "x": 1}, "bars": {}, "notes": []}, 2.0)
