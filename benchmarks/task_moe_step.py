@@ -58,36 +58,38 @@ BARS = {
 
 
 class DenseBlock(nn.Module):
-    def __init__(self):
+    def __init__(self, dim: int, heads: int):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(DIM, eps=1e-6), nn.LayerNorm(DIM, eps=1e-6)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(DIM, 3 * DIM), "proj": nn.Linear(DIM, DIM)})
-        self.ffn = nn.ModuleDict({"fc1": nn.Linear(DIM, 4 * DIM), "fc2": nn.Linear(4 * DIM, DIM)})
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
+        self.ffn = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        b, length, _ = x_BLD.shape
-        qkv = self.attn["qkv"](self.norm1(x_BLD)).view(b, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        b, length, dim = x_BLD.shape
+        qkv = self.attn["qkv"](self.norm1(x_BLD)).view(b, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         y_BHLK = F.scaled_dot_product_attention(*qkv.unbind(0))
-        x_BLD = x_BLD + self.attn["proj"](y_BHLK.transpose(1, 2).reshape(b, length, DIM))
+        x_BLD = x_BLD + self.attn["proj"](y_BHLK.transpose(1, 2).reshape(b, length, dim))
         return x_BLD + self.ffn["fc2"](F.gelu(self.ffn["fc1"](self.norm2(x_BLD))))
 
 
 class DenseViT(nn.Module):
     """A plain ViT; uint8 images to features. Parameters have the supernet's names, without those of copies."""
 
-    def __init__(self, depth: int):
+    def __init__(self, depth: int, dim: int = DIM, heads: int = HEADS, patch: int = PATCH, image: int = IMAGE):
         super().__init__()
-        self.embed = nn.ModuleDict({"patch": nn.Conv2d(3, DIM, PATCH, stride=PATCH)})
-        self.embed.cls = nn.Parameter(torch.zeros(1, DIM))
-        self.embed.position = nn.Parameter(torch.zeros(1 + (IMAGE // PATCH) ** 2, DIM))
-        self.blocks = nn.ModuleList(DenseBlock() for _ in range(depth))
-        self.norm = nn.LayerNorm(DIM, eps=1e-6)
+        self.embed = nn.ModuleDict({"patch": nn.Conv2d(3, dim, patch, stride=patch)})
+        self.embed.cls = nn.Parameter(torch.zeros(1, dim))
+        self.embed.position = nn.Parameter(torch.zeros(1 + (image // patch) ** 2, dim))
+        self.blocks = nn.ModuleList(DenseBlock(dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.02)  # no bias or token is zero
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        x_BLD = self.embed["patch"](pixels(images_BCHW)).flatten(2).transpose(1, 2)
+        images_BCHW = pixels(images_BCHW).to(self.norm.weight.dtype)
+        x_BLD = self.embed["patch"](images_BCHW).flatten(2).transpose(1, 2)
         x_BLD = torch.cat([self.embed.cls.expand(len(x_BLD), 1, -1), x_BLD], dim=1) + self.embed.position
         for block in self.blocks:
             x_BLD = block(x_BLD)

@@ -9,13 +9,15 @@ workers and any resumption give the same training.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ufo_ds.data.source import TrainSource
+if TYPE_CHECKING:  # a model knows batches, but needs no reader of shards
+    from ufo_ds.data.source import TrainSource
 
 TaskSteps = Callable[[int, str], range]  # step of the run, task -> the task's own steps that it holds
 # Samples of every task in a global micro-batch -> the positions in it that a rank reads, of all tasks that it may read.
@@ -98,7 +100,7 @@ class Batches(Dataset[Batch]):
 
     def __init__(
         self,
-        sources: dict[str, TrainSource],
+        sources: "dict[str, TrainSource]",
         positions: Positions,
         accumulation: int,
         task_steps: TaskSteps = one_of_each,
@@ -130,7 +132,7 @@ class Batches(Dataset[Batch]):
 
 
 def _load(
-    source: TrainSource, draws: Sequence[int], positions: range, global_count: int
+    source: "TrainSource", draws: Sequence[int], positions: range, global_count: int
 ) -> tuple[TaskBatch, list[int]]:
     """The samples of these draws, and the indices of the images among them that could not be read."""
     images = np.empty((len(draws), 3, *source.task.input), dtype=np.uint8)
