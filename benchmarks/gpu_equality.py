@@ -82,9 +82,9 @@ def make_recipe() -> Recipe:
     )  # fmt: skip
 
 
-def start_value(name: str, shape: torch.Size) -> Tensor:
+def start_value(name: str, shape: torch.Size, span: range) -> Tensor:
     """Weights large enough that samples differ: batch norm over nearly equal features would only amplify noise."""
-    value = 0.3 * torch.randn(shape, generator=torch_generator("start", name))
+    value = 0.3 * torch.randn(shape, generator=torch_generator("start", name)).flatten()[span.start : span.stop]
     return value + 1.0 if "norm" in name or "neck" in name else value
 
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ufo_ds.model.classifiers import parts
+from ufo_ds.model.initialization import initial_values
 from ufo_ds.model.parameters import UpdateRule, update_rule
-from ufo_ds.model.supernet import Supernet, initial_value
+from ufo_ds.model.supernet import Supernet
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,7 +140,8 @@ def assign_initial_values(optimizer: SGDInBackward, model: Supernet) -> None:
     for name, parameter in optimizer.parameters.items():
         key = re.sub(r"\.own\.[a-z0-9_]+\.", ".shared.", name), parameter.shape
         if key not in drawn:
-            drawn[key] = initial_value(name, parameter.shape, model.recipe).to(parameter.device)
+            values = initial_values(key[0], parameter.shape, range(parameter.numel()), model.recipe)
+            drawn[key] = values.view(parameter.shape).to(parameter.device)
         optimizer.assign(name, drawn[key])
 
 

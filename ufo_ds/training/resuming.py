@@ -156,7 +156,7 @@ def _train(job: Job, optimizer: str, topology: Topology, start: Path | None, run
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         pretrained = None
         if recipe.model.init is not None and start is None:
-            from ufo_ds.model.dense import pretrained_values  # transformers takes seconds to import
+            from ufo_ds.model.pretrained import pretrained_values  # transformers takes seconds to import
 
             pretrained = pretrained_values(recipe)
         engine = NotingEngine(recipe, topology.config(recipe, job.accumulation), sources, pretrained)
