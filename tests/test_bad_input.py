@@ -90,6 +90,8 @@ def test_unknown_recipe_and_config(recipe, tmp_path, capsys):
         ({"expert_parallel": {"exchange": "all"}}, ["'all'", "aligned, input, layer"]),
         ({"fp16": {"enabled": True}}, ["fp16", "bf16"]),
         ({"gradient_accumulation_steps": 0}, ["gradient_accumulation_steps is 0"]),
+        ({"zero_optimization": {"compute_grad_norm": False}}, ["zero_optimization.compute_grad_norm is false"]),
+        ({"bf16": {"check_grad_overflow": False}}, ["bf16.check_grad_overflow is false"]),
     ],
 )
 def test_deepspeed_json(values, words, recipe, tmp_path, capsys):

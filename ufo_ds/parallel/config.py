@@ -172,11 +172,11 @@ def resolve(values: dict[str, Any], source: str, recipe: Recipe, world_size: int
     stage = take(zero, "stage", 3)
     if stage not in (1, 2, 3):
         raise UserError(f"{source}: zero_optimization.stage {stage!r}: use 1, 2 or 3")
-    if zero.get("compute_grad_norm") is False or values.get("bf16", {}).get("check_grad_overflow") is False:
-        raise UserError(
-            f"{source}: compute_grad_norm or check_grad_overflow is false, but steps that are not finite are left out "
-            "by the gradient's norm: remove it"
-        )
+    for section, key in (("zero_optimization", "compute_grad_norm"), ("bf16", "check_grad_overflow")):
+        if values.get(section, {}).get(key) is False:
+            raise UserError(
+                f"{source}: {section}.{key} is false, but by it steps are left out that are not finite: remove it"
+            )
     zero["stage"] = stage
     autocast = bool(take(values.get("torch_autocast", {}), "enabled", False))
     bf16 = bool(take(values.get("bf16", {}), "enabled", torch.cuda.is_available() and not autocast))
