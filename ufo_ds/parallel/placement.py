@@ -118,8 +118,8 @@ def place(work: Mapping[str, Work], world_size: int, ep_size: int | None) -> Pla
     Without an ``ep_size`` it is the largest divisor of the number of ranks that leaves none more than 2% above the
     mean; 1, where every rank has all tasks, always does. The largest has the fewest slots: least memory for experts at
     ZeRO stages 1 and 2, least to gather and keep gathered at stage 3, and most samples of a task at once; and the
-    shortest runs of ranks with the same tasks, which fit into nodes best (``benchmarks/plan.py``). What a rank stores of
-    experts at stage 3 is ``slots x ep_size / world_size`` dense paths, for all sizes the same but for empty slots.
+    shortest runs of ranks with the same tasks, which fit into nodes best (``benchmarks/plan.py``). What a rank stores
+    of experts at stage 3 is ``slots x ep_size / world_size`` dense paths, for all sizes the same but for empty slots.
 
     Args:
         work: of every task, in the recipe's order.
