@@ -1,5 +1,4 @@
-"""Ranks that hold unequal heads and embeddings build as many sub-groups, or are refused before the first step instead
-of hanging."""
+"""Ranks that hold unequal heads and embeddings build as many sub-groups, or are refused before the first step."""
 
 import json
 

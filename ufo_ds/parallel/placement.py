@@ -124,12 +124,9 @@ def place(work: Mapping[str, Work], world_size: int, ep_size: int | None) -> Pla
     ZeRO stages 1 and 2, least to gather and keep gathered at stage 3, and most samples of a task at once; and the
     shortest runs of ranks with the same tasks, which fit into nodes best (``benchmarks/plan.py``). What a rank stores
     of experts at stage 3 is ``slots x ep_size / world_size`` dense paths, for all sizes the same but for empty slots.
-<<<<<<< HEAD
 
     The tasks of a rank are in the order of their classes, those with sharded heads first: in a slot, whose heads all
     take the room of the largest, are then heads of similar sizes.
-=======
->>>>>>> startup
 
     Args:
         work: of every task, in the recipe's order.
