@@ -43,11 +43,12 @@ def launch(ranks: int, main: Callable[..., int | None], *arguments: object, time
         output.touch()
         processes = []
         for rank in range(ranks):
-            environment = {
+            of_launcher = {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
                 "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
             } if ranks > 1 else {}  # fmt: skip
+            environment = {**os.environ, **of_launcher}
             processes.append(_SERVER.Process(target=_rank, args=(environment, output, main, arguments)))
         try:
             status = _outcome(processes, timeout)
@@ -73,18 +74,17 @@ def _outcome(processes: list, timeout: float) -> int:
         ended = wait([process.sentinel for process in running], timeout)
         assert ended, f"no rank ended within {timeout} s"
         failed = [process.exitcode for process in running if process.sentinel in ended and process.exitcode]
-        if failed:
-            wait_for_rest = [process for process in running if process.sentinel not in ended]
-            for process in wait_for_rest:
-                process.join(2)  # it may have more to say
-            return failed[0]
         running = [process for process in running if process.sentinel not in ended]
+        if failed:
+            wait([process.sentinel for process in running], 2)  # another may have to say why
+            return failed[0]
     return 0
 
 
 def _rank(environment: dict[str, str], output: Path, main: Callable[..., int | None], arguments: tuple) -> None:
     gc.freeze()  # the collector would go through all that was imported, and so copy its pages
-    os.environ |= environment
+    os.environ.clear()
+    os.environ.update(environment)  # the test's, not that of the server's start
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
