@@ -85,6 +85,7 @@ class Saver:
             path = unfinished / f"rank-{self.engine.rank:05d}.safetensors"
             try:
                 if copied is not None:
+                    torch.cuda.set_device(self.engine.device)  # a thread begins on the first one
                     copied.synchronize()
                 try:
                     unfinished.mkdir(parents=True, exist_ok=True)
