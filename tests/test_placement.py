@@ -111,10 +111,13 @@ def test_every_sample_is_read_and_trained_on_once_and_ranks_have_equally_many(da
         }
     for e in range(ep_size):  # the ranks that share their tasks
         ranks = [rank for rank in range(world_size) if placement.ep_rank(rank) == e]
+        assert ranks == list(placement.holders(e)) == list(range(ranks[0], ranks[-1] + 1))  # neighbours
         numbers = [sum(map(len, placement.owned(rank, samples).values())) for rank in ranks]
         assert max(numbers) - min(numbers) <= 1
     for replica in range(placement.replicas):  # the ranks of a group read the same tasks
         ranks = [rank for rank in range(world_size) if placement.replica(rank) == replica]
+        assert all(list(placement.group(rank)) == ranks for rank in ranks)
+        assert [placement.ep_rank(rank) for rank in ranks] == list(range(ep_size))
         numbers = [sum(map(len, placement.read_evenly(rank, samples).values())) for rank in ranks]
         assert max(numbers) - min(numbers) <= 1
 
