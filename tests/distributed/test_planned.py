@@ -37,7 +37,7 @@ CASES = {
         case(2, 3, bf16=True, routes="frozen", one_input=True, zero=LARGE, sharded=["a"], optimizer="lamb"),
         case(2, 3, "input", tasks=3, backbone=STEM, zero={**RELEASING, "sub_group_size": 1000}, bf16=True),
         case(2, 3, experts=["ffn"], shared_samples=0.2, optimizer="adamw", zero={"reduce_bucket_size": 10**7}),
-        case(1, 3, zero={"stage3_max_reuse_distance": 7000}, experts=[], recompute=2, routes="frozen"),
+        case(1, 3, zero={**RELEASING, "stage3_max_reuse_distance": 7000}, experts=[], recompute=2, routes="frozen"),
         case(2, 3, "layer", routes="frozen", recompute="full"),
         case(2, 1, autocast=True, routes="frozen"),  # DeepSpeed remembers that there was one: the last cases
         case(2, 3, autocast=True, routes="frozen", zero=RELEASING),
