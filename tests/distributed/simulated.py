@@ -89,7 +89,7 @@ def build(job: dict, rank: int, results: Path) -> None:
         first = members.index(rank) * mine.numel()
         length = max(0, min(mine.numel(), len(held.rows) * width - first))  # padding lies behind
         if len(held.rows) < held.shape[0]:  # of a classifier that the holders of the task share
-            members = list(range(engine.placement.ep_rank(rank), job["world_size"], engine.placement.ep_size))
+            members = list(engine.placement.holders(engine.placement.ep_rank(rank)))
         if members not in groups:
             groups.append(members)
         pieces[name] = (held.shape.numel(), held.rows.start * width + first, length, groups.index(members))
