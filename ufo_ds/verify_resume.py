@@ -1,6 +1,6 @@
 """Prove on this machine's CPU that a checkpoint goes on at any other topology.
 
-ufo verify resume                                   a small recipe on the demo's data: ten minutes on two busy cores
+ufo verify resume                                   a small recipe on the demo's data: 8 minutes of CPU time
 ufo verify resume --ranks 1,2 --optimizers adamw    less of it
 ufo verify resume --recipe mine.yaml                a recipe of yours, at full precision
 ufo verify resume runs/mine                         from the last checkpoint of a run, which is left as it is
