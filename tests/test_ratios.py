@@ -200,14 +200,14 @@ def test_tables(sources: dict[str, TrainSource]) -> None:
     ]
     assert table(sources, 4, 2, "input", 1, 4) == [
         "task    images  classes  shards  samples a step  steps an epoch  read by                 trained on",
-        "glyphs      15        3       3               6             2.5  ranks 0-3: 1 to 2 each  ranks 0, 2",
-        "person      12        4       4           4 x 3             1.0  ranks 0-3: 3 each       ranks 1, 3",
+        "glyphs      15        3       3               6             2.5  ranks 0-3: 1 to 2 each  ranks 0, 1",
+        "person      12        4       4           4 x 3             1.0  ranks 0-3: 3 each       ranks 2, 3",
         "4 loader processes a rank take its micro-batches in turn, from any shard, also where shards are fewer "
         "(glyphs: 3)",
     ]
     lines = table(sources, 16, 2, "aligned", 1, 0)
-    assert lines[1].endswith("  ranks 0, 2 .. 10: 1 each")  # 6 samples for the 8 ranks with the task
-    assert lines[2].endswith("  ranks 1, 3 .. 15: 1 to 2 each")
+    assert lines[1].endswith("  ranks 0-5: 1 each")  # 6 samples for the 8 ranks with the task
+    assert lines[2].endswith("  ranks 8-15: 1 to 2 each")
     assert lines[-1] == "images are loaded between steps (data.workers 0)"
     lines = table(sources, 16, 1, "aligned", 1, 0)
     assert lines[1].endswith("  6 ranks of 0-15: 1 each")  # 12 to 15, then 0 and 1

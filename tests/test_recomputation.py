@@ -8,8 +8,9 @@ import torch
 
 from tests.small_run import make_recipe as recipe_of_run
 from tests.test_model import make_batch, make_images, make_recipe, scrambled
+from ufo_ds import checkpoint
 from ufo_ds.errors import UserError
-from ufo_ds.training.run_directory import resume_from
+from ufo_ds.training.run_directory import check_resume
 
 
 def step(recipe, dtype=torch.float32, autocast=False):
@@ -60,7 +61,11 @@ def test_evaluation_computes_once():
 def test_a_run_may_go_on_with_it(run):
     recipe = recipe_of_run()
     changed = dataclasses.replace(recipe.model, activation_checkpointing="full")
-    assert resume_from(run, dataclasses.replace(recipe, model=changed)) == resume_from(run, recipe) is not None
+    last = checkpoint.find(run / "checkpoints")[-1]
+    check_resume(run, dataclasses.replace(recipe, model=changed), last, {})
+    with pytest.raises(UserError, match=r"optimizer\.lr"):
+        slower = dataclasses.replace(recipe.optimizer, lr=recipe.optimizer.lr / 2)
+        check_resume(run, dataclasses.replace(recipe, optimizer=slower), last, {})
 
 
 @pytest.mark.parametrize("value", ["half", 1, 0, True, None])

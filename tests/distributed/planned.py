@@ -54,9 +54,9 @@ def count_collectives() -> None:
             tensor, size = arguments[whole], dist.get_world_size(arguments.get("group"))
             if whole != "tensor":
                 ORDER.append((whole, size, tensor.numel()))
-            # A few numbers are what plans do not count: norms, flags, counts, what the guard looks at.
-            few = 3 if tensor.is_floating_point() else 1
-            return tensor.nbytes * (size - 1) / size * times if tensor.numel() > few else 0.0
+            # Plans do not count single numbers (norms, flags, counts) and the three that the guard looks at.
+            counted = tensor.numel() > 1 and not (tensor.numel() == 3 and tensor.is_floating_point())
+            return tensor.nbytes * (size - 1) / size * times if counted else 0.0
 
         return sent
 

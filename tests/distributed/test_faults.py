@@ -110,7 +110,7 @@ def test_killed_anywhere_often(seed, recipe, uninterrupted, tmp_path):
 def test_a_signal_waits_for_the_checkpoint(recipe, tmp_path):
     run = tmp_path / "run"
     ranks = training(2, recipe, run, *LONGER)
-    ranks.wait_for(lambda: any((run / "checkpoints").glob(".step-*.tmp")))
+    ranks.wait_for(lambda: len(list((run / "checkpoints").glob(".step-*.tmp/rank-*"))) == 2)
     for rank in range(2):
         ranks.send(signal.SIGTERM, rank)
     status = ranks.end(60)

@@ -54,7 +54,7 @@ def check(found: dict, shapes: list[tuple[int, int]], optimizers: list[str]) -> 
 def change_index(path: Path, change: Callable[[dict], None]) -> None:
     index = json.loads((path / checkpoint.INDEX).read_text())
     change(index)
-    (path / checkpoint.INDEX).write_text(json.dumps(index))
+    (path / checkpoint.INDEX).write_text(json.dumps({**index, "sha256": ""}))  # as one of before there were checksums
 
 
 def change_tensor(path: Path, key: str) -> None:
@@ -62,7 +62,8 @@ def change_tensor(path: Path, key: str) -> None:
     file = path / "rank-00000.safetensors"
     tensors = load_file(file)
     save_file(tensors | {key: tensors[key] * 1.001}, file)
-    change_index(path, lambda index: index.update(files=[checkpoint.entry_of(file)]))
+    entry = {"name": file.name, "bytes": file.stat().st_size, "sha256": checkpoint.sha256(file)}
+    change_index(path, lambda index: index.update(files=[entry]))
 
 
 def change_draws(index: dict) -> None:

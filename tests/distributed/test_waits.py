@@ -1,16 +1,14 @@
 """In a step the host does not wait for the device, but where it is said why (see waits.py)."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from tests.distributed.test_equality import REPOSITORY
+from tests.distributed import waits
 from tests.distributed.test_equality import case as of_equality
 from tests.distributed.waits import noted_waits
+from tests.ranks import run
 
 # By place and operation: how often in a micro-batch, and why.
 OURS = {
@@ -41,11 +39,7 @@ def test_a_step_does_not_wait(tmp_path):
         case(1, 2, routes="frozen", clipping=0.0),
     ]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["tests/distributed/waits.py", str(tmp_path / "cases.json"), str(tmp_path / "results.json")]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(2, waits.main, tmp_path / "cases.json", tmp_path / "results.json")
     results = json.loads((tmp_path / "results.json").read_text())
     assert [result["case"] for result in results] == cases
     seen = set()

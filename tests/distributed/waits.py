@@ -106,9 +106,8 @@ def run(case: dict) -> dict:
     return {"case": case, "ranks": result}
 
 
-def main() -> None:
+def main(cases_file: str, results_file: str) -> None:
     torch.set_num_threads(1)
-    cases_file, results_file = sys.argv[1:3]
     rank, _ = init_distributed()
     with open(cases_file) as file:
         results = [run(case) for case in json.load(file)]
@@ -120,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
