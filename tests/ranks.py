@@ -4,15 +4,20 @@ Launchers are what ``distributed/test_training.py`` starts. Here the test itself
 find each other, as torchrun does, so that no port can be taken by another test.
 """
 
+import contextlib
 import gc
 import multiprocessing
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import TracebackType
+from typing import Self
 
 import torch.distributed as dist
 
@@ -31,54 +36,90 @@ _SERVER.set_forkserver_preload(
 )
 
 
-def launch(ranks: int, main: Callable[..., int | None], *arguments: object, timeout: float = 300) -> tuple[int, str]:
-    """Run ``main(*arguments)`` on ``ranks`` processes, one alone without a launcher's environment.
+class Ranks:
+    """``main(*arguments)`` on ``count`` processes, one alone without a launcher's environment."""
+
+    def __init__(self, count: int, main: Callable[..., int | None], *arguments: object):
+        self._store = dist.TCPStore(
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5)
+        )
+        self._directory = TemporaryDirectory()
+        self.logs = [Path(self._directory.name) / f"{rank}.txt" for rank in range(count)]  # what they write
+        self.processes = []
+        for rank, log in enumerate(self.logs):
+            log.touch()
+            environment = dict(os.environ)
+            if count > 1:
+                environment |= {
+                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port),
+                    "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+                }  # fmt: skip
+            self.processes.append(_SERVER.Process(target=_rank, args=(environment, log, main, arguments)))
+        for process in self.processes:
+            process.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.end(0)
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 240) -> None:
+        """Until it holds, or the ranks are at an end."""
+        deadline = time.monotonic() + seconds
+        while not condition() and any(process.is_alive() for process in self.processes):
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.001)
+
+    def send(self, number: signal.Signals, rank: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.processes[rank].pid or 0, number)
+
+    def first_failure(self, seconds: float) -> int:
+        """What the first rank that failed ended with (-9: killed by signal 9), or 0 once all are at an end."""
+        running = list(self.processes)
+        while running:
+            ended = wait([process.sentinel for process in running], seconds)
+            assert ended, f"no rank ended within {seconds} s: {self.output()}"
+            failed = [process.exitcode for process in running if process.sentinel in ended and process.exitcode]
+            running = [process for process in running if process.sentinel not in ended]
+            if failed:
+                for process in running:
+                    process.join(2)  # it may have more to say
+                return failed[0]
+        return 0
+
+    def end(self, seconds: float) -> list[int | None]:
+        """Their exit status, None of those that are not at an end by then (they are killed)."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        found = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+            process.join()
+        return found
+
+    def output(self) -> str:
+        return "\n".join(log.read_text() for log in self.logs)
+
+
+def launch(count: int, main: Callable[..., int | None], *arguments: object, timeout: float = 300) -> tuple[int, str]:
+    """Run ``main(*arguments)`` on ``count`` processes, until all are at an end or one has failed.
 
     Returns:
-        What the first rank that failed ended with (-9: killed by signal 9), or 0; what all of them wrote.
+        :meth:`Ranks.first_failure`, and what all of them wrote.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
-    with TemporaryDirectory() as directory:
-        output = Path(directory) / "output.txt"
-        output.touch()
-        processes = []
-        for rank in range(ranks):
-            of_launcher = {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
-                "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
-            } if ranks > 1 else {}  # fmt: skip
-            environment = {**os.environ, **of_launcher}
-            processes.append(_SERVER.Process(target=_rank, args=(environment, output, main, arguments)))
-        try:
-            status = _outcome(processes, timeout)
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
-        return status, output.read_text()
+    with Ranks(count, main, *arguments) as ranks:
+        return ranks.first_failure(timeout), ranks.output()
 
 
-def run(ranks: int, main: Callable[..., int | None], *arguments: object, timeout: float = 300) -> str:
+def run(count: int, main: Callable[..., int | None], *arguments: object, timeout: float = 300) -> str:
     """As :func:`launch` where all must end well."""
-    status, output = launch(ranks, main, *arguments, timeout=timeout)
+    status, output = launch(count, main, *arguments, timeout=timeout)
     assert status == 0, output[-3000:]
     return output
-
-
-def _outcome(processes: list, timeout: float) -> int:
-    for process in processes:
-        process.start()
-    running = list(processes)
-    while running:
-        ended = wait([process.sentinel for process in running], timeout)
-        assert ended, f"no rank ended within {timeout} s"
-        failed = [process.exitcode for process in running if process.sentinel in ended and process.exitcode]
-        running = [process for process in running if process.sentinel not in ended]
-        if failed:
-            wait([process.sentinel for process in running], 2)  # another may have to say why
-            return failed[0]
-    return 0
 
 
 def _rank(environment: dict[str, str], output: Path, main: Callable[..., int | None], arguments: tuple) -> None:

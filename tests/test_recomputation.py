@@ -62,9 +62,9 @@ def test_a_run_may_go_on_with_it(run):
     recipe = recipe_of_run()
     changed = dataclasses.replace(recipe.model, activation_checkpointing="full")
     last = checkpoint.find(run / "checkpoints")[-1]
+    slower = dataclasses.replace(recipe.optimizer, lr=recipe.optimizer.lr / 2)
     check_resume(run, dataclasses.replace(recipe, model=changed), last, {})
     with pytest.raises(UserError, match=r"optimizer\.lr"):
-        slower = dataclasses.replace(recipe.optimizer, lr=recipe.optimizer.lr / 2)
         check_resume(run, dataclasses.replace(recipe, optimizer=slower), last, {})
 
 

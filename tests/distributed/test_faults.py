@@ -2,7 +2,9 @@
 finite. There is no launcher here that ends the others."""
 
 import json
+import os
 import random
+import resource
 import shutil
 import signal
 import time
@@ -13,9 +15,10 @@ import torch
 
 from tests import tiny
 from tests.distributed import guarded
-from tests.distributed.forked import Ranks, training
-from tests.distributed.test_training import recorded, weights
-from ufo_ds import checkpoint
+from tests.distributed.test_training import REPOSITORY, recorded, weights
+from tests.ranks import Ranks
+from ufo_ds import checkpoint, train
+from ufo_ds.errors import run as entry
 from ufo_ds.parallel.checkpoint import newest_whole
 
 STEPS, EVERY = 24, 3
@@ -25,6 +28,31 @@ LONGER = ["--schedule.steps", str(STEPS), "--checkpoint.every", str(EVERY)]
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
     return tiny.make(tmp_path_factory.mktemp("tiny"))
+
+
+def train_slowly(arguments: list[str], file_size: dict[int, int]) -> int:
+    """A training whose disk takes its time; ``file_size``: by rank, the bytes after which it is full."""
+    fsync, draw = os.fsync, random.Random(os.environ.get("RANK"))
+
+    def slow(descriptor: int) -> None:
+        time.sleep(draw.uniform(0.0, 0.1))
+        fsync(descriptor)
+
+    os.fsync = slow
+    if (limit := file_size.get(int(os.environ.get("RANK", 0)))) is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    return entry(train.main, arguments)
+
+
+def training(count: int, recipe: Path, run_dir: Path, *more: str, file_size: dict[int, int] | None = None) -> Ranks:
+    """Ranks of a training; EP 2 where there are two."""
+    arguments = ["--recipe", str(recipe), "--run_dir", str(run_dir), *more]
+    config = REPOSITORY / "ds_configs" / "moe.json"
+    if count > 1:
+        config = run_dir.with_name("moe.json")
+        config.write_text('{"expert_parallel": {"autoep_size": 2}}')
+    arguments += ["--deepspeed", str(config)]
+    return Ranks(count, train_slowly, arguments, file_size or {})
 
 
 def finish(ranks: Ranks) -> str:
@@ -195,7 +223,7 @@ def test_going_on_behind_damage(recipe, uninterrupted, tmp_path):
 def test_a_rank_with_nan(stage, bf16, tmp_path):
     """One pixel of one rank is NaN in the second of two micro-batches: nothing changes on any rank, and what follows is
     what a run that never saw the step computes. (The checks are in guarded.py, on every rank.)"""
-    ranks = Ranks(2, tmp_path, guarded.main, stage, bf16)
+    ranks = Ranks(2, guarded.main, stage, bf16)
     assert ranks.end(240) == [0, 0], ranks.output()[-3000:]
 
 
