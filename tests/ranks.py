@@ -6,20 +6,24 @@ find each other, as torchrun does, so that no port can be taken by another test.
 
 import contextlib
 import gc
+import json
 import multiprocessing
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+import torch
 import torch.distributed as dist
+
+from ufo_ds.parallel.launch import init_distributed
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
@@ -120,6 +124,38 @@ def run(count: int, main: Callable[..., int | None], *arguments: object, timeout
     status, output = launch(count, main, *arguments, timeout=timeout)
     assert status == 0, output[-3000:]
     return output
+
+
+def results(
+    count: int,
+    of_case: Callable[[Any], Any],
+    cases: Sequence[Any],
+    before: Callable[[], None] | None = None,
+    timeout: float = 300,
+) -> list[Any]:
+    """What ``of_case(case)`` returns on the first of ``count`` ranks, for each case, in one job.
+
+    Args:
+        before: to be called on every rank before it joins the job.
+    """
+    with TemporaryDirectory() as directory:
+        file = Path(directory) / "results.json"
+        run(count, _go_through, of_case, cases, before, file, timeout=timeout)
+        return json.loads(file.read_text())
+
+
+def _go_through(
+    of_case: Callable[[Any], Any], cases: Sequence[Any], before: Callable[[], None] | None, file: Path
+) -> None:
+    if before is not None:
+        before()
+    torch.set_num_threads(1)
+    rank, _ = init_distributed()
+    found = [of_case(case) for case in cases]
+    if rank == 0:
+        file.write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def _rank(environment: dict[str, str], output: Path, main: Callable[..., int | None], arguments: tuple) -> None:

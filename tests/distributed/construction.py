@@ -1,15 +1,9 @@
-"""Builds engines whose ranks hold heads of different sizes and takes a step; started by torchrun.
-
-    torchrun --nproc_per_node 2 tests/distributed/construction.py CASES.json RESULTS.json
+"""Builds engines whose ranks hold heads of different sizes and takes a step.
 
 A case has the classes of the four tasks, ``ep``, and ``zero``, the section of the DeepSpeed JSON. Its result: what was
 refused, or else the number of tasks, of sub-groups and of slots, each of all ranks, and the gradient norm.
 """
 
-import json
-import sys
-
-import torch
 import torch.distributed as dist
 
 from tests.distributed.equality import global_batch, make_recipe, part_of, start_value
@@ -18,7 +12,6 @@ from ufo_ds.errors import UserError
 from ufo_ds.parallel import config as configs
 from ufo_ds.parallel import ranks
 from ufo_ds.parallel.engine import Engine
-from ufo_ds.parallel.launch import init_distributed
 
 
 def build(options: dict) -> dict:
@@ -43,20 +36,3 @@ def build(options: dict) -> dict:
     }
     engine.deepspeed.destroy()
     return found
-
-
-def main(cases_file: str, results_file: str) -> None:
-    torch.set_num_threads(1)
-    rank, _ = init_distributed()
-    with open(cases_file) as file:
-        cases = json.load(file)
-    results = [build(options) for options in cases]
-    if rank == 0:
-        with open(results_file, "w") as file:
-            json.dump(results, file)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,6 +1,4 @@
-"""Compares a DeepSpeed run with one process over the same micro-batches; started by torchrun, many cases in a launch.
-
-    torchrun --nproc_per_node 2 tests/distributed/equality.py CASES.json RESULTS.json
+"""Compares a DeepSpeed run with one process over the same micro-batches.
 
 The reference is the plain single-device model: batch norm and triplet over the global micro-batch, torch's own
 optimizer and clipping; torch leaves alone what has no gradient, as copies that no path uses. For every case the result
@@ -10,8 +8,6 @@ with fixed routes of the tasks' gradient norms and cosines.
 """
 
 import dataclasses
-import json
-import sys
 
 import torch
 import torch.distributed as dist
@@ -29,7 +25,6 @@ from ufo_ds.parallel.averages import averaged
 from ufo_ds.parallel.conflict import gradient_conflict
 from ufo_ds.parallel.engine import Engine
 from ufo_ds.parallel.experts import EMPTY
-from ufo_ds.parallel.launch import init_distributed
 from ufo_ds.seeding import torch_generator
 
 STEPS = 3
@@ -320,23 +315,3 @@ def compare(case: dict) -> dict:
     result = {kind: max(other[kind] for other in everyone) for kind in MEASURES}
     result["at"] = max(everyone, key=lambda other: other["gradient"]).get("gradient_at")
     return {"case": case, **result}
-
-
-def main(cases_file: str, results_file: str) -> None:
-    torch.set_num_threads(1)
-    rank, _ = init_distributed()
-    with open(cases_file) as file:
-        cases = json.load(file)
-    results = []
-    for case in cases:
-        results.append(compare(case))
-        if rank == 0:
-            print(json.dumps(results[-1]), flush=True)
-            with open(results_file, "w") as file:
-                json.dump(results, file)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

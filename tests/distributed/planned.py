@@ -1,14 +1,10 @@
-"""What engines hold and send beside what a plan says of them; started by torchrun, many cases in a launch.
-
-    torchrun --nproc_per_node 2 tests/distributed/planned.py CASES.json RESULTS.json
+"""What engines hold and send beside what a plan says of them.
 
 Of every case the result holds, by rank, pairs (planned, found) of bytes: of memory as tensors of the engine and of
 DeepSpeed, of traffic as seen by torch's collectives in one step, by the formulas of ``ufo_ds.parallel.traffic``.
 """
 
 import inspect
-import json
-import sys
 from collections import Counter
 from contextlib import contextmanager
 
@@ -26,7 +22,6 @@ from tests.distributed.equality import (
 from ufo_ds.checkpoint import AVERAGE
 from ufo_ds.parallel import config as configs
 from ufo_ds.parallel.engine import Engine
-from ufo_ds.parallel.launch import init_distributed
 from ufo_ds.parallel.rank_model import RankModels
 from ufo_ds.parallel.traffic import KINDS, rank_traffic
 from ufo_ds.parallel.zero_memory import memory, sized
@@ -164,23 +159,3 @@ def run(case: dict) -> dict:
     result: list = [None] * dist.get_world_size()
     dist.all_gather_object(result, mine)
     return {"case": case, "ranks": result}
-
-
-def main(cases_file: str, results_file: str) -> None:
-    count_collectives()
-    torch.set_num_threads(1)
-    rank, _ = init_distributed()
-    with open(cases_file) as file:
-        cases = json.load(file)
-    results = []
-    for case in cases:
-        results.append(run(case))
-        if rank == 0:
-            with open(results_file, "w") as file:
-                json.dump(results, file)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,11 +1,9 @@
 """Ranks that hold unequal heads and embeddings build as many sub-groups, or are refused before the first step."""
 
-import json
-
 import pytest
 
 from tests.distributed import construction
-from tests.ranks import run
+from tests.ranks import results
 
 UNEQUAL = {"a": 5, "b": 3001, "c": 3, "d": 4}
 
@@ -14,7 +12,7 @@ def on(zero: dict, ep: int = 2) -> dict:
     return {"zero": zero, "ep": ep, "classes": UNEQUAL}
 
 
-def test_unequal_heads(tmp_path):
+def test_unequal_heads():
     cases = [
         on({"stage": 3}),
         on({"stage": 3}, ep=1),
@@ -25,12 +23,7 @@ def test_unequal_heads(tmp_path):
         on({"stage": 2}),
         on({"stage": 3, "stage3_prefetch_bucket_size": 50_000}, ep=1),
     ]
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    run(2, construction.main, tmp_path / "cases.json", tmp_path / "results.json")
-    results = json.loads((tmp_path / "results.json").read_text())
-    for found in results:
-        print(found)
-    expert, data, several, *refused, at_stage_2, prefetching = results
+    expert, data, several, *refused, at_stage_2, prefetching = results(2, construction.build, cases)
     assert expert["tasks"] == [2, 2]  # with its head b has as much to do as a
     assert data["tasks"] == data["slots"] == [4, 4]
     assert expert["sub_groups"] == [2, 2]  # what is shared, and experts with heads

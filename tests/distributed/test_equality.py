@@ -2,12 +2,11 @@
 
 import itertools
 import json
-from pathlib import Path
 
 import pytest
 
 from tests.distributed import equality
-from tests.ranks import run
+from tests.ranks import results
 
 BOUND = 1e-5  # max |difference| / max |reference|, fp32
 
@@ -38,16 +37,8 @@ def case(
     }  # fmt: skip
 
 
-def run_cases(ranks: int, cases: list[dict], tmp_path: Path) -> list[dict]:
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    run(ranks, equality.main, tmp_path / "cases.json", tmp_path / "results.json", timeout=1800)
-    return json.loads((tmp_path / "results.json").read_text())
-
-
-def check(ranks: int, cases: list[dict], tmp_path: Path) -> None:
-    results = run_cases(ranks, cases, tmp_path)
-    assert [result["case"] for result in results] == cases
-    for result in results:
+def check(ranks: int, cases: list[dict]) -> None:
+    for result in results(ranks, equality.compare, cases, timeout=1800):
         line = f"{ranks} ranks {json.dumps(result)}"
         print(line)
         assert result["loss"] <= BOUND, line
@@ -63,7 +54,7 @@ def check(ranks: int, cases: list[dict], tmp_path: Path) -> None:
         assert result["output"] <= bound, line
 
 
-def test_two_ranks(tmp_path):
+def test_two_ranks():
     cases = [
         case(2, 3),
         case(2, 3, "input", "frozen", tasks=3, accumulation=1, shared_samples=0.2, backbone=STEM, mixing=True),
@@ -88,10 +79,10 @@ def test_two_ranks(tmp_path):
         case(2, 1, recompute="full", last=1),
         case(2, 3, "layer", recompute="full", routes="frozen", last=1, accumulation=1),
     ]
-    check(2, cases, tmp_path)
+    check(2, cases)
 
 
-def test_four_ranks(tmp_path):
+def test_four_ranks():
     # Two data-parallel copies of each expert, and a task with a single sample: absent on a rank that holds it.
     cases = [
         case(2, 3, last=1, optimizer="lamb"),
@@ -102,12 +93,12 @@ def test_four_ranks(tmp_path):
         case(2, 3, "input"),
         case(2, 3, batches="balanced"),  # in every step a task with twice its samples and another with none
     ]
-    check(4, cases, tmp_path)
+    check(4, cases)
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_matrix(ranks, tmp_path):
+def test_matrix(ranks):
     cases = [
         case(ep, stage, exchange, routes, tasks, optimizer, clipping, accumulation, last)
         for ep in (1, 2, 4)
@@ -121,12 +112,12 @@ def test_matrix(ranks, tmp_path):
             (3, "lars", 0.5, 1, 2) if (stage + len(exchange)) % 2 else (4, "lamb", 0.5, 2, 1),
         ]
     ]
-    check(ranks, cases, tmp_path)
+    check(ranks, cases)
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_matrix_of_small_buckets(ranks, tmp_path):
+def test_matrix_of_small_buckets(ranks):
     """Communication behind computation, in small pieces: see test_overlap.py."""
     cases = [
         case(
@@ -141,4 +132,4 @@ def test_matrix_of_small_buckets(ranks, tmp_path):
             ("layer" if ep > 1 else "aligned", "freezing", ()), ("input" if ep > 1 else "aligned", "frozen", ()),
         ]
     ]  # fmt: skip
-    check(ranks, cases, tmp_path)
+    check(ranks, cases)

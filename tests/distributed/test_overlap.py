@@ -8,7 +8,7 @@ from tests.distributed.test_equality import LARGE, case, check
 BUCKETS = {"reduce_bucket_size": 2000}
 
 
-def test_unequal_tasks_on_four_ranks(tmp_path):
+def test_unequal_tasks_on_four_ranks():
     """8 : 4 : 2 : 1 samples of tasks with 5, 7, 3 and 4 classes, gradients clipped."""
     cases = [
         case(2, 3, one_input=True, zero=LARGE),  # a, and three tasks: empty slots
@@ -19,11 +19,11 @@ def test_unequal_tasks_on_four_ranks(tmp_path):
         case(4, 2, one_input=True, zero=BUCKETS, routes="frozen"),
     ]
     assert all(of_case["clipping"] for of_case in cases)
-    check(4, cases, tmp_path)
+    check(4, cases)
 
 
 @pytest.mark.matrix
-def test_two_ranks(tmp_path):
+def test_two_ranks():
     cases = [
         case(2, 3, "input", routes="frozen", one_input=True, zero=LARGE, last=1, mixing=True),
         case(2, 3, "layer", routes="freezing", one_input=True, zero=LARGE, accumulation=1),
@@ -32,4 +32,4 @@ def test_two_ranks(tmp_path):
         case(2, 1, routes="frozen", one_input=True, zero=BUCKETS, last=1),
         case(1, 3, zero=LARGE, experts=["ffn"], sharded=["a", "c"], sampled=["a"]),
     ]
-    check(2, cases, tmp_path)
+    check(2, cases)

@@ -2,14 +2,13 @@
 same sizes, they gather and reduce as many elements in the same order, whatever their tasks (see planned.py)."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from tests.distributed import planned
 from tests.distributed.test_equality import LARGE, STEM
 from tests.distributed.test_equality import case as of_equality
-from tests.ranks import run
+from tests.ranks import results
 
 BOUND = 0.02  # |planned - found| / found
 
@@ -57,12 +56,8 @@ CASES = {
 }  # fmt: skip
 
 
-def check(ranks: int, cases: list[dict], tmp_path: Path) -> None:
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    run(ranks, planned.main, tmp_path / "cases.json", tmp_path / "results.json", timeout=600)
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert [result["case"] for result in results] == cases
-    for result in results:
+def check(ranks: int, cases: list[dict]) -> None:
+    for result in results(ranks, planned.run, cases, before=planned.count_collectives, timeout=600):
         for rank, pairs in enumerate(result["ranks"]):
             line = f"{ranks} ranks, rank {rank}: {json.dumps(pairs)} of {json.dumps(result['case'])}"
             for key, (wanted, found) in pairs["memory"].items():
@@ -76,11 +71,11 @@ def check(ranks: int, cases: list[dict], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("ranks", "cases"), [(2, CASES[2][1::2]), (4, CASES[4][1::3])])
-def test_some(ranks, cases, tmp_path):
-    check(ranks, cases, tmp_path)
+def test_some(ranks, cases):
+    check(ranks, cases)
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("ranks", CASES)
-def test_matrix(ranks, tmp_path):
-    check(ranks, CASES[ranks], tmp_path)
+def test_matrix(ranks):
+    check(ranks, CASES[ranks])

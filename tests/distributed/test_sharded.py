@@ -15,19 +15,15 @@ def test_heads_and_necks_over_ranks(tmp_path):
         assert max(worst.values()) <= BOUND, (of_case, worst)
 
 
-def test_two_ranks(tmp_path):
-    check(
-        2,
-        [case(1, 3, routes="frozen", experts=["ffn"], sharded=["a", "c"], sampled=["a"], last=1, mixing=True)],
-        tmp_path,
-    )
+def test_two_ranks():
+    check(2, [case(1, 3, routes="frozen", experts=["ffn"], sharded=["a", "c"], sampled=["a"], last=1, mixing=True)])
 
 
-def test_four_ranks(tmp_path):
+def test_four_ranks():
     # With EP 2 the heads in the same slot of the other expert-parallel rank are spread too, also an empty one's.
     cases = [
         case(2, 3, "layer", "frozen", experts=["ffn"], sharded=["a"], sampled=["a", "b"], last=1),
         case(2, 2, "input", "frozen", experts=["ffn"], sharded=["c"], accumulation=1, tasks=3, mixing=True),
         case(1, 1, routes="frozen", experts=[], sharded=["a", "b"], accumulation=1, optimizer="adamw", tasks=3),
     ]
-    check(4, cases, tmp_path)
+    check(4, cases)

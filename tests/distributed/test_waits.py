@@ -8,7 +8,7 @@ import torch
 from tests.distributed import waits
 from tests.distributed.test_equality import case as of_equality
 from tests.distributed.waits import noted_waits
-from tests.ranks import run
+from tests.ranks import results
 
 # By place and operation: how often in a micro-batch, and why.
 OURS = {
@@ -31,19 +31,15 @@ def case(*arguments, bf16=False, **options):
     return {**of_equality(*arguments, **options), "bf16": bf16}
 
 
-def test_a_step_does_not_wait(tmp_path):
+def test_a_step_does_not_wait():
     cases = [
         case(1, 3, sharded=["a"], sampled=["a", "b"], optimizer="lamb", mixing=True, recompute="full"),
         case(2, 1, "input", "frozen", optimizer="adamw", multi_label=True, bf16=True),
         case(2, 3, "layer", "frozen", optimizer="lars", bf16=True, shared_samples=0.2),
         case(1, 2, routes="frozen", clipping=0.0),
     ]
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    run(2, waits.main, tmp_path / "cases.json", tmp_path / "results.json")
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert [result["case"] for result in results] == cases
     seen = set()
-    for result in results:
+    for result in results(2, waits.run, cases):
         for found in result["ranks"]:
             line = f"{found} of {json.dumps(result['case'])}"
             for who, where, what, times in found:

@@ -1,13 +1,10 @@
-"""Where in a step a GPU's host would have to wait for it; started by torchrun, many cases in a launch.
-
-    torchrun --nproc_per_node 2 tests/distributed/waits.py CASES.json RESULTS.json
+"""Where in a step a GPU's host would have to wait for it.
 
 Seen are operations that give the host a value or a size that the device has to compute, and tensors made of Python's
 values, whose copy to a device waits. Of every case the result holds, by rank, for one step ``[who, where, what, how
 often]``: who is "ufo_ds" or "deepspeed", whoever called torch, and "autograd" in the backward pass of torch's own.
 """
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.distributed.equality import CLASSES, MANY_CLASSES, global_batch, make_recipe, part_of, start_value
 from ufo_ds.parallel import config as configs
 from ufo_ds.parallel.engine import Engine
-from ufo_ds.parallel.launch import init_distributed
 
 WAITING = {
     "_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim",
@@ -104,19 +100,3 @@ def run(case: dict) -> dict:
     result: list = [None] * dist.get_world_size()
     dist.all_gather_object(result, [[*key, count] for key, count in sorted(found.items())])
     return {"case": case, "ranks": result}
-
-
-def main(cases_file: str, results_file: str) -> None:
-    torch.set_num_threads(1)
-    rank, _ = init_distributed()
-    with open(cases_file) as file:
-        results = [run(case) for case in json.load(file)]
-    if rank == 0:
-        with open(results_file, "w") as file:
-            json.dump(results, file)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
