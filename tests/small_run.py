@@ -96,7 +96,8 @@ def write_checkpoint(directory, model, step=10, apart=None, **about):
             index.buffers[name] = 2 if apart is not None and apart in name.split(".") else 1
             files[index.buffers[name]][name] = buffer.clone()
     for number, tensors in enumerate(files):
-        save_file(tensors, unfinished / f"rank-{number}.safetensors")
+        checksums = {key: checkpoint.checksum(tensor) for key, tensor in tensors.items()}
+        save_file(tensors, unfinished / f"rank-{number}.safetensors", checksums)
     paths = [unfinished / f"rank-{number}.safetensors" for number in range(3)]
     entries = [{"name": p.name, "bytes": p.stat().st_size, "sha256": checkpoint.sha256(p)} for p in paths]
     return checkpoint.publish(unfinished, index, entries)

@@ -6,10 +6,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from tests.small_run import CLASSES, PATHS, make_images, make_model, make_recipe, outputs_of, relative, write_checkpoint
 from ufo_ds import checkpoint
-from ufo_ds.checkpoint import Index, Parameter, Reader
+from ufo_ds.checkpoint import Damaged, Index, Parameter, Reader
 from ufo_ds.errors import UserError
 from ufo_ds.model.loading import load_supernet, spec_of
 from ufo_ds.model.spec import SubnetSpec
@@ -24,6 +26,41 @@ def test_parameters_are_put_together_from_their_pieces(model, reader):
         assert torch.equal(reader.parameter(name), parameter), name
     for name in ("heads.glyphs.neck.running_mean", "heads.glyphs.neck.running_var"):
         assert torch.equal(reader.buffer(name), model.get_buffer(name))
+
+
+def test_files_are_what_the_library_writes_and_reads(tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"a": [3, 4], "b": [5], "c|weight": [2, 3, 2], "d": [1]}
+    tensors = {key: torch.randn(shape, generator=draw) for key, shape in shapes.items()}
+    entry = checkpoint.write_tensors(tmp_path / "ours", shapes, tensors.values(), {"a": "b"})
+    assert entry["sha256"] == checkpoint.sha256(tmp_path / "ours")
+    assert entry["bytes"] == (tmp_path / "ours").stat().st_size
+    found = load_file(tmp_path / "ours")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], tensors[key]) for key in tensors)
+    with safe_open(tmp_path / "ours", "pt") as file:
+        assert file.metadata() == {"a": "b"}
+
+
+def test_a_flipped_byte_is_no_value_and_no_crash(tmp_path, model):
+    """Anywhere in a file, header and lengths included: what is read whole is right, or said to be damaged."""
+    path = write_checkpoint(tmp_path, model)
+    file, draw = path / "rank-0.safetensors", np.random.default_rng(0)
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    wanted = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    found = 0
+    for position in [*range(8), *draw.integers(8, 8 + size, 60), *draw.integers(8 + size, len(content), 60)]:
+        changed = bytearray(content)
+        changed[position] ^= 1 << int(draw.integers(0, 8))
+        file.write_bytes(changed)
+        try:
+            reader = Reader(path)
+            for name, value in wanted.items():
+                assert torch.equal(reader.parameter(name), value), (position, name)
+        except Damaged:
+            found += 1
+    assert found > 100  # some names of checksums may change, and the header's end is spaces
 
 
 def test_any_range_of_a_parameter_can_be_read(model, reader):

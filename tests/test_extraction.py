@@ -132,6 +132,23 @@ def test_a_task_is_extracted_though_the_file_of_another_is_gone(tmp_path, model)
     assert extraction.verify(reader, spec_of(reader, "glyphs"), tmp_path / "glyphs", make_images())["passed"] is True
 
 
+def test_damage_is_found_in_what_is_read_and_nothing_is_left(tmp_path, model):
+    """What is not read is not looked at either: an extraction costs as much as its model is large."""
+    reader = Reader(write_checkpoint(tmp_path / "checkpoints", model))
+    key = "heads.digits.classifier.weight|weight"
+    number, *_ = reader.index.parameters["heads.digits.classifier.weight"].pieces[0]
+    file = reader.directory / f"rank-{number}.safetensors"
+    content = bytearray(file.read_bytes())
+    size = int.from_bytes(content[:8], "little")
+    content[8 + size + json.loads(content[8 : 8 + size])[key]["data_offsets"][0]] ^= 1
+    file.write_bytes(content)
+    (tmp_path / "models").mkdir()
+    with pytest.raises(UserError, match=r"rank-\d\.safetensors: heads\.digits\.classifier\.weight\|weight changed"):
+        extraction.extract(reader, spec_of(reader, "digits"), tmp_path / "models" / "digits")
+    assert list((tmp_path / "models").iterdir()) == []
+    extraction.extract(reader, spec_of(reader, "glyphs"), tmp_path / "models" / "glyphs")
+
+
 def test_another_path_than_the_runs_can_be_cut(tmp_path, reader):
     routes = {"embed": ("own",), "norm": ("shared",) * 3, "attn": ("shared",) * 2, "ffn": ("own", "own")}
     spec = SubnetSpec("glyphs", routes)

@@ -10,7 +10,7 @@ from transformers import ViTConfig, ViTModel
 from ufo_ds import recipe_file
 from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.errors import UserError
-from ufo_ds.model.dense import vit_config, vit_state
+from ufo_ds.model.dense import vit_config, vit_weights
 from ufo_ds.model.heads import LOSSES
 from ufo_ds.model.packing import split
 from ufo_ds.model.supernet import Supernet, init_weights
@@ -161,7 +161,7 @@ def test_every_path_of_a_packed_batch_is_a_stock_vit(routes):
         outputs = model(make_batch(images))
         for i, (name, image) in enumerate(images.items()):
             vit = dense_vit(recipe, name)
-            vit.load_state_dict(vit_state(recipe, model.spec(name), model.state_dict().__getitem__))
+            vit.load_state_dict(dict(vit_weights(recipe, model.spec(name), model.state_dict().__getitem__)))
             wanted = vit(pixels_of(image))
             tokens = split(features.tokens_ND, features.segments)[i].view(wanted.last_hidden_state.shape)
             assert relative(tokens, wanted.last_hidden_state) < 1e-5
@@ -187,7 +187,7 @@ def test_gradients_of_a_packed_batch_are_those_of_the_stock_vits():
     model.zero_grad()
     for weight, segment in zip(split(weight_ND, features.segments), features.segments, strict=True):
         # functional_call: the state still depends on the supernet's parameters, so that gradients arrive at these.
-        state = vit_state(recipe, model.spec(segment.task), everything.__getitem__)
+        state = dict(vit_weights(recipe, model.spec(segment.task), everything.__getitem__))
         vit = dense_vit(recipe, segment.task)
         hidden = torch.func.functional_call(vit, state, pixels_of(images[segment.task])).last_hidden_state
         (hidden * weight.view(hidden.shape)).sum().backward()
@@ -223,7 +223,7 @@ def test_images_of_another_size_get_a_resized_position_embedding(routes):
     model = scrambled(recipe).eval()
     images = torch.randint(0, 256, (2, 3, 24, 40), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     vit = dense_vit(recipe, "a")
-    vit.load_state_dict(vit_state(recipe, model.spec("a"), model.state_dict().__getitem__))
+    vit.load_state_dict(dict(vit_weights(recipe, model.spec("a"), model.state_dict().__getitem__)))
     with torch.no_grad():
         wanted = vit(pixels_of(images), interpolate_pos_encoding=True).last_hidden_state[:, 0]
         assert relative(model.backbone({"a": images}).pooled_BD, wanted) < 1e-5

@@ -10,13 +10,13 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ufo_ds.errors import UserError
@@ -67,6 +67,30 @@ class Damaged(UserError):
         self.fault = fault
 
 
+class _File:
+    """A safetensors file of fp32 tensors, as :func:`write_tensors` makes it; ``tensors``: shape and place of each.
+
+    Raises:
+        Damaged: it is none.
+    """
+
+    def __init__(self, path: Path):
+        self.file = path.open("rb", buffering=0)
+        total = path.stat().st_size
+        try:
+            data = 8 + int.from_bytes(self.file.read(8), "little")
+            header = json.loads(self.file.read(min(data, total) - 8))
+            self.checksums: dict[str, str] = header.pop("__metadata__", {})
+            self.tensors: dict[str, tuple[torch.Size, int]] = {}
+            for key, of_tensor in header.items():
+                shape, (start, end) = torch.Size(of_tensor["shape"]), of_tensor["data_offsets"]
+                if end - start != 4 * shape.numel() or start < 0 or data + end > total:
+                    raise ValueError(f"{key} does not lie in the file")
+                self.tensors[key] = shape, data + start
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Damaged(f"{path} has no readable header: {error}") from None
+
+
 class Reader:
     """Reads tensors, or ranges of them, of one checkpoint.
 
@@ -92,16 +116,39 @@ class Reader:
             path = directory / entry["name"]
             if not path.is_file() or path.stat().st_size != entry["bytes"]:
                 raise Damaged(f"{path} is missing or cut short")
-        self._files: dict[int, Any] = {}
+        self._files: dict[int, _File] = {}
 
     @property
     def recipe(self) -> Recipe:
         return parse(self.index.recipe, str(self.directory / INDEX))
 
     def _slice(self, file: int, key: str, start: int, stop: int) -> Tensor:
+        """Rows ``start .. stop`` of a stored tensor. No other bytes are read: mapped files, as of the library of
+        safetensors, bring their neighbours into memory too.
+
+        Raises:
+            Damaged: there are fewer bytes, or all of the tensor was read, and it is not as it was written.
+        """
+        path = self.directory / self.index.files[file]["name"]
         if file not in self._files:
-            self._files[file] = safe_open(self.directory / self.index.files[file]["name"], "pt")
-        return self._files[file].get_slice(key)[start:stop]
+            self._files[file] = _File(path)
+        stored = self._files[file]
+        if key not in stored.tensors:
+            raise Damaged(f"{path} lacks {key}")
+        shape, offset = stored.tensors[key]
+        stop = min(stop, shape[0])
+        found = torch.empty(stop - start, *shape[1:])
+        values: Any = found.numpy()
+        content = memoryview(values).cast("B")
+        offset += 4 * shape[1:].numel() * start
+        while content:
+            count = os.preadv(stored.file.fileno(), [content], offset)
+            if not count:
+                raise Damaged(f"{path} is cut short")
+            content, offset = content[count:], offset + count
+        if len(found) == shape[0] and stored.checksums.get(key, checksum(found)) != checksum(found):
+            raise Damaged(f"{path}: {key} changed since it was written")
+        return found
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         """Elements ``start .. stop`` of a flattened parameter's value (``weight``) or optimizer state."""
@@ -233,14 +280,20 @@ def write_bytes(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def write_tensors(path: Path, shapes: Mapping[str, Sequence[int]], data: Tensor) -> dict[str, Any]:
-    """Write fp32 tensors that lie one behind the other in ``data``, on the CPU, as a safetensors file, without copying
-    them; its entry for the index. It is on disk when this returns.
+def write_tensors(
+    path: Path,
+    shapes: Mapping[str, Sequence[int]],
+    tensors: Iterable[Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Write fp32 tensors on the CPU, one after the other, in the order of ``shapes``, as a safetensors file; its entry
+    for an index. Only one of them need be there at a time. The file is on disk when this returns.
 
     The file: length of the header as u64, header (JSON, padded to 8 bytes), data
     (https://huggingface.co/docs/safetensors).
     """
-    header, end = {}, 0
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
     for key, shape in shapes.items():
         start, end = end, end + 4 * torch.Size(shape).numel()
         header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
@@ -248,16 +301,26 @@ def write_tensors(path: Path, shapes: Mapping[str, Sequence[int]], data: Tensor)
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
     digest = hashlib.sha256(head)
-    content: Any = data.view(torch.uint8).numpy()
     with path.open("wb") as file:
         file.write(head)
-        for start in range(0, len(content), CHUNK):
-            chunk = content[start : start + CHUNK]
-            digest.update(chunk)
-            file.write(chunk)
+        for shape, tensor in zip(shapes.values(), tensors, strict=True):
+            assert tensor.dtype == torch.float32
+            assert tensor.shape == torch.Size(shape)
+            content: Any = tensor.contiguous().view(-1).numpy().view("uint8")
+            for start in range(0, len(content), CHUNK):
+                chunk = content[start : start + CHUNK]
+                digest.update(chunk)
+                file.write(chunk)
         file.flush()
         os.fsync(file.fileno())
-    return {"name": path.name, "bytes": len(head) + len(content), "sha256": digest.hexdigest()}
+    return {"name": path.name, "bytes": len(head) + end, "sha256": digest.hexdigest()}
+
+
+def checksum(tensor: Tensor) -> str:
+    """CRC-32 of a tensor's elements. A rank's file has that of every tensor in its metadata, so that what is read by
+    itself can be checked by itself."""
+    content: Any = tensor.contiguous().numpy()
+    return f"{zlib.crc32(content):08x}"
 
 
 def sha256(path: Path) -> str:

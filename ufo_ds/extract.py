@@ -30,7 +30,6 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
 
     reader = checkpoint.Reader(checkpoint.of_run(options.run))
-    reader.verify()
     spec = SubnetSpec.load(options.spec) if options.spec else spec_of(reader, options.task)
     if spec.task != options.task:
         raise UserError(f"--spec {options.spec} is for task {spec.task!r}, --task is {options.task!r}")

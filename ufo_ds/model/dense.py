@@ -61,53 +61,53 @@ def vit_config(recipe: Recipe, task: str) -> ViTConfig:
     return UfoViTConfig(stem=backbone.stem, pool=backbone.pool, **values)
 
 
-def vit_state(recipe: Recipe, spec: SubnetSpec, read: Read) -> dict[str, Tensor]:
-    """State of the dense model for a path, reading only its parameters."""
+def vit_weights(recipe: Recipe, spec: SubnetSpec, read: Read) -> Iterator[tuple[str, Tensor]]:
+    """The state of the dense model for a path, one tensor after the other, each read when it is asked for."""
     backbone = recipe.model.backbone
     task = next(t for t in recipe.tasks if t.name == spec.task)
     patch, dim = backbone.patch_size, backbone.dim
     to_hw = task.input[0] // patch, task.input[1] // patch
-    state: dict[str, Tensor] = {}
     for ours, theirs in path_names(spec, backbone.depth):
         if theirs == "embeddings":
             base = task.input if ".own." in ours else recipe.model.input or recipe.tasks[0].input
             position = resize_position(read(f"{ours}.position"), (base[0] // patch, base[1] // patch), to_hw)
             if backbone.prefix:
-                state["embeddings.cls_token"] = read(f"{ours}.cls")[None]
-            state["embeddings.position_embeddings"] = position[None]
+                yield "embeddings.cls_token", read(f"{ours}.cls")[None]
+            yield "embeddings.position_embeddings", position[None]
             embeddings, rest = "embeddings.patch_embeddings", patch // stem_stride(backbone.stem)
             for i in range(len(backbone.stem)):
                 for name in ("conv.weight", "norm.weight", "norm.bias"):
-                    state[f"{embeddings}.stem.{i}.{name}"] = read(f"{ours}.stem.{i}.{name}")
-            state[f"{embeddings}.projection.weight"] = read(f"{ours}.patch.weight").view(dim, -1, rest, rest)
-            state[f"{embeddings}.projection.bias"] = read(f"{ours}.patch.bias")
+                    yield f"{embeddings}.stem.{i}.{name}", read(f"{ours}.stem.{i}.{name}")
+            yield f"{embeddings}.projection.weight", read(f"{ours}.patch.weight").view(dim, -1, rest, rest)
+            yield f"{embeddings}.projection.bias", read(f"{ours}.patch.bias")
         elif theirs.endswith("attention"):
             for kind in ("weight", "bias"):
                 qkv = read(f"{ours}.qkv.{kind}").chunk(3)
                 for name, value in zip(("q_proj", "k_proj", "v_proj"), qkv, strict=True):
-                    state[f"{theirs}.{name}.{kind}"] = value
-                state[f"{theirs}.o_proj.{kind}"] = read(f"{ours}.proj.{kind}")
+                    yield f"{theirs}.{name}.{kind}", value
+                yield f"{theirs}.o_proj.{kind}", read(f"{ours}.proj.{kind}")
         elif theirs.endswith("mlp"):
             for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
-                state[f"{theirs}.{name}"] = read(f"{ours}.{name}")
+                yield f"{theirs}.{name}", read(f"{ours}.{name}")
         else:
             for kind in ("weight", "bias"):
-                state[f"{theirs}.{kind}"] = read(f"{ours}.{kind}")
-    state["pooler.dense.weight"], state["pooler.dense.bias"] = torch.eye(dim), torch.zeros(dim)
+                yield f"{theirs}.{kind}", read(f"{ours}.{kind}")
+    scale_D, shift_D = torch.ones(dim), torch.zeros(dim)
     if task.head.type == "margin" or task.head.neck:
         scale_D, shift_D = _neck(task, read)
-        state["pooler.dense.weight"], state["pooler.dense.bias"] = torch.diag(scale_D), shift_D
-    return state
+    yield "pooler.dense.weight", torch.diag(scale_D)
+    yield "pooler.dense.bias", shift_D
 
 
-def classifier_state(task: Task, read: Read) -> dict[str, Tensor]:
+def classifier_weights(task: Task, read: Read) -> Iterator[tuple[str, Tensor]]:
     """Weight and bias of a linear head, as they follow the feature itself: a neck is folded in."""
     head = f"heads.{task.name}"
     weight_CD, bias_C = read(f"{head}.classifier.weight"), read(f"{head}.classifier.bias")
     if task.head.neck:
         scale_D, shift_D = _neck(task, read)
         weight_CD, bias_C = weight_CD * scale_D, bias_C + weight_CD @ shift_D
-    return {"classifier.weight": weight_CD, "classifier.bias": bias_C}
+    yield "classifier.weight", weight_CD
+    yield "classifier.bias", bias_C
 
 
 def _neck(task: Task, read: Read) -> tuple[Tensor, Tensor]:

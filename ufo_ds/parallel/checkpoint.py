@@ -21,6 +21,7 @@ from ufo_ds.checkpoint import (
     Parameter,
     Reader,
     average_of,
+    checksum,
     find,
     name_of,
     publish,
@@ -70,7 +71,8 @@ class Saver:
         on_gpu = self.engine.device.type == "cuda"
         if self._host.numel() != size:
             self._host = torch.empty(size, pin_memory=on_gpu)
-        copies = dict(zip(sources, self._host.split([s.numel() for s in sources.values()]), strict=True))
+        rooms = self._host.split([source.numel() for source in sources.values()])
+        copies = {key: room.view(source.shape) for (key, source), room in zip(sources.items(), rooms, strict=True)}
         for key, source in sources.items():
             copies[key].copy_(source, non_blocking=True)
         # In the order of the device's work: the next step changes nothing before it is copied, and the host goes on.
@@ -89,7 +91,8 @@ class Saver:
                     copied.synchronize()
                 try:
                     unfinished.mkdir(parents=True, exist_ok=True)
-                    mine["entry"] = write_tensors(path, shapes, self._host)
+                    checksums = {key: checksum(copy) for key, copy in copies.items()}
+                    mine["entry"] = write_tensors(path, shapes, copies.values(), checksums)
                 except OSError as error:
                     mine["error"] = f"{error}"
                 self._error = self._finish(unfinished, index, mine, then)

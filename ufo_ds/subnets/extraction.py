@@ -9,7 +9,10 @@ A backbone with a stem or mean pooling, which these have no room for, is a ``Ufo
 
 import io
 import json
+import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +28,11 @@ from transformers import (
     ViTModel,
 )
 
-from ufo_ds.checkpoint import Reader, write_text
+from ufo_ds.checkpoint import Reader, write_tensors, write_text
 from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.data.transforms import evaluation_transform
 from ufo_ds.errors import UserError
-from ufo_ds.model.dense import classifier_state, is_stock, vit_config, vit_state
+from ufo_ds.model.dense import Read, classifier_weights, is_stock, vit_config, vit_weights
 from ufo_ds.model.hub import UfoViTConfig, UfoViTForImageClassification, UfoViTModel
 from ufo_ds.model.loading import check_path, load_supernet
 from ufo_ds.model.spec import SubnetSpec
@@ -44,14 +47,15 @@ HUB = "ufo_ds.model.hub"  # imported above: what is not stock loads only with it
 
 
 def extract(reader: Reader, spec: SubnetSpec, out: Path) -> int:
-    """Write the dense model of a path; only its parameters are read. Returns their number.
+    """Write the dense model of a path. Only its parameters are read, each when it is written, so that no more than one
+    is in memory. Returns their number.
 
     Raises:
-        UserError: ``out`` exists, or the path does not fit the model.
+        UserError: ``out`` exists, or the path does not fit the model, or what is read is damaged.
     """
     recipe = reader.recipe
     task = _task(recipe, spec.task)
-    state = state_of(reader, spec)
+    check_path(reader, spec)
     config = vit_config(recipe, spec.task)
     stock = is_stock(recipe.model.backbone)
     model_class: type = ViTModel if stock else UfoViTModel
@@ -62,24 +66,36 @@ def extract(reader: Reader, spec: SubnetSpec, out: Path) -> int:
         if task.loss.multi_label:
             config.problem_type = "multi_label_classification"
         model_class = ViTForImageClassification if stock else UfoViTForImageClassification
-        state = {name if name.startswith("classifier.") else f"vit.{name}": value for name, value in state.items()}
     with torch.device("meta"):
         model = model_class(config)
-    missing = set(model.state_dict()) - set(state)
+    # The pooler of a classification model is not part of its class, but of the AutoModel in the same directory.
+    prefix = "vit." if task.head.type == "linear" else ""
+    shapes = {
+        name if name.startswith("classifier.") else f"{prefix}{name}": value.shape
+        for name, value in _weights(recipe, spec, partial(_shape_of, reader))
+    }
+    missing = set(model.state_dict()) - set(shapes)
     assert not missing, missing
+    config.architectures, config.dtype = [model_class.__name__], "float32"
+    unfinished = out.with_name(f".{out.name}.partial")
     try:
-        out.mkdir(parents=True)
-        # The pooler of a classification model is not part of its class, but of the AutoModel in the same directory.
-        model.save_pretrained(out, state_dict={name: value.contiguous() for name, value in state.items()})
-        image_processor(recipe, task).save_pretrained(out)
-        write_text(out / "spec.json", spec.to_json() + "\n")
-        write_text(out / RECIPE, to_yaml(only(recipe, [spec.task])))
-        parameters = sum(value.numel() for value in state.values())
-        write_text(out / "README.md", _card(reader, task, spec, parameters))
-    except FileExistsError:
-        raise UserError(f"--out {out} exists: choose another directory or delete it") from None
+        if out.exists():
+            raise UserError(f"--out {out} exists: choose another directory or delete it")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        config.save_pretrained(unfinished)
+        tensors = (value for _, value in _weights(recipe, spec, partial(_read, reader)))
+        write_tensors(unfinished / "model.safetensors", shapes, tensors, {"format": "pt"})
+        image_processor(recipe, task).save_pretrained(unfinished)
+        write_text(unfinished / "spec.json", spec.to_json() + "\n")
+        write_text(unfinished / RECIPE, to_yaml(only(recipe, [spec.task])))
+        parameters = sum(shape.numel() for shape in shapes.values())
+        write_text(unfinished / "README.md", _card(reader, task, spec, parameters))
+        unfinished.rename(out)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}: choose a directory with room that you can write to") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return parameters
 
 
@@ -89,15 +105,26 @@ def state_of(reader: Reader, spec: SubnetSpec) -> dict[str, torch.Tensor]:
     Raises:
         UserError: the path does not fit the model.
     """
-    recipe = reader.recipe
-    task = _task(recipe, spec.task)
     check_path(reader, spec)
+    return dict(_weights(reader.recipe, spec, partial(_read, reader)))
 
-    def read(name: str) -> torch.Tensor:
-        return reader.buffer(name) if name in reader.index.buffers else reader.parameter(name)
 
-    state = vit_state(recipe, spec, read)
-    return state | classifier_state(task, read) if task.head.type == "linear" else state
+def _weights(recipe: Recipe, spec: SubnetSpec, read: Read) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from vit_weights(recipe, spec, read)
+    task = _task(recipe, spec.task)
+    if task.head.type == "linear":
+        yield from classifier_weights(task, read)
+
+
+def _read(reader: Reader, name: str) -> torch.Tensor:
+    return reader.buffer(name) if name in reader.index.buffers else reader.parameter(name)
+
+
+def _shape_of(reader: Reader, name: str) -> torch.Tensor:
+    """On the meta device, without reading a parameter."""
+    if name in reader.index.buffers:
+        return reader.buffer(name).to("meta")
+    return torch.empty(reader.index.parameters[name].shape, device="meta")
 
 
 def image_processor(recipe: Recipe, task: Task) -> ViTImageProcessorPil:
