@@ -14,6 +14,7 @@ from ufo_ds.errors import UserError
 from ufo_ds.model.loading import spec_of
 from ufo_ds.model.spec import SubnetSpec
 from ufo_ds.recipe import Recipe
+from ufo_ds.subnets import licences
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,6 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--task", required=True, help="the task to cut out")
     parser.add_argument("--out", type=Path, required=True, help="directory to make")
     parser.add_argument("--spec", type=Path, help="a SubnetSpec as JSON (default: the routes of the run)")
+    parser.add_argument("--allow", choices=["commercial"], help="refuse what the images' licences do not permit")
     parser.add_argument("--verify", action="store_true", help="compare with the supernet on image files")
     parser.add_argument("--images", type=Path, nargs="+", help="files to verify with (default: of the benchmarks)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -33,6 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     spec = SubnetSpec.load(options.spec) if options.spec else spec_of(reader, options.task)
     if spec.task != options.task:
         raise UserError(f"--spec {options.spec} is for task {spec.task!r}, --task is {options.task!r}")
+    if options.allow is not None:
+        licences.check_commercial_use(reader.index, reader.recipe, spec)
     images = _images(reader.recipe, options.task, options.images) if options.verify else []
 
     from transformers.utils import logging  # takes seconds to import

@@ -39,6 +39,7 @@ from ufo_ds.model.spec import SubnetSpec
 from ufo_ds.recipe import Recipe, only
 from ufo_ds.recipe_file import to_yaml
 from ufo_ds.recipe_task import Task
+from ufo_ds.subnets.licences import behind
 
 TOLERANCE = 1e-5  # of the largest output, in fp32
 CERTIFICATE = "certificate.json"
@@ -221,7 +222,10 @@ The model has a convolutional stem or mean pooling, which transformers' ViT lack
     routes = asdict(spec)["routes"]
     rows = "\n".join(f"| {unit} | {' '.join(layers)} |" for unit, layers in routes.items())
     scores = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items()) or "| none recorded | |"
-    licences = "; ".join(reader.index.licences.get(task.name, [])) or "unknown"
+    licences = "\n".join(
+        f"| {name} | {'; '.join(of_task)} |" for name, of_task in behind(reader.index, reader.recipe, spec).items()
+    )
+    started = "" if reader.recipe.model.init is None else f"\nTraining started from `{reader.recipe.model.init}`.\n"
     return f"""---
 library_name: transformers
 pipeline_tag: {"image-classification" if linear else "image-feature-extraction"}
@@ -248,5 +252,7 @@ inputs = AutoImageProcessor.from_pretrained(path)(Image.open(file), return_tenso
 |---|---|
 {rows}
 
-Licences of the images it was trained on (the shared copies saw all tasks' images): {licences}.
-"""
+| images behind these weights, by task | licence |
+|---|---|
+{licences}
+{started}"""

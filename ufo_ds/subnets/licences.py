@@ -1,0 +1,54 @@
+"""What the images that a dense path learned from may be used for."""
+
+import re
+
+from ufo_ds.checkpoint import Index
+from ufo_ds.errors import UserError
+from ufo_ds.model.spec import SubnetSpec
+from ufo_ds.recipe import Recipe
+
+UNKNOWN = "unknown"
+# By SPDX identifier or as people write it. What is not among them, whoever wrote it, is not taken to permit anything.
+_COMMERCIAL = re.compile(
+    r"(MIT|Apache([- ]Licen[cs]e)?(,? version)?|BSD([- ][23][- ]clause)?|ISC|zlib|Unlicense|CC0|PDDL|ODC[- ]By|ODbL"
+    r"|CC[- ]BY([- ]SA)?|public domain)([- ]v?\d(\.\d)?)?(?![\w-])",
+    re.IGNORECASE,
+)
+_LIMITED = re.compile(r"\bNC\b|\bND\b|non-?commercial|no derivatives|research|academic", re.IGNORECASE)
+
+
+def behind(index: Index, recipe: Recipe, spec: SubnetSpec) -> dict[str, list[str]]:
+    """Licences of the images by task, of all tasks that had a part in the weights of a path.
+
+    Own copies and heads learn from their task's images alone. A shared copy learns from those of all tasks; so did an
+    own one that started as the shared one was (``model.branch_at``).
+    """
+    takes_shared = any("shared" in layers for layers in spec.routes.values())
+    tasks = [task.name for task in recipe.tasks] if takes_shared or recipe.model.branch_at else [spec.task]
+    return {task: index.licences.get(task) or [UNKNOWN] for task in tasks}
+
+
+def permits_commercial_use(licence: str) -> bool:
+    """Whether a licence is known to permit it, by its name at the beginning of the text."""
+    return _COMMERCIAL.match(licence) is not None and not _LIMITED.search(licence)
+
+
+def check_commercial_use(index: Index, recipe: Recipe, spec: SubnetSpec) -> None:
+    """
+    Raises:
+        UserError: images behind the weights of a path have a licence that is not known to permit commercial use, or the
+            model did not start from scratch.
+    """
+    if recipe.model.init is not None:
+        raise UserError(
+            f"--allow commercial: {spec.task} started from {recipe.model.init!r}, whose images are not known: "
+            "train from scratch, or look into it yourself"
+        )
+    for task, licences in behind(index, recipe, spec).items():
+        for licence in licences:
+            if not permits_commercial_use(licence):
+                whose = task if task == spec.task else f"{task} (which shares weights with {spec.task})"
+                raise UserError(
+                    f"--allow commercial: the licence {licence!r} of the images of {whose} is not known to permit it: "
+                    "train without them, or look into it yourself"
+                )
