@@ -221,13 +221,16 @@ def test_second_process_is_refused_and_ctrl_c_says_how_to_go_on(parts: Parts, tm
 
 
 class Vanishing:
-    """An image that takes another one with it when it is read."""
+    """An image that is deleted just before it is read."""
 
-    def __init__(self, file: Path, other: Path):
-        self.file, self.other, self.suffix = file, other, file.suffix
+    def __init__(self, file: Path):
+        self.file, self.suffix = file, file.suffix
+
+    def __str__(self) -> str:
+        return str(self.file)
 
     def read_bytes(self) -> bytes:
-        self.other.unlink()
+        self.file.unlink()
         return self.file.read_bytes()
 
 
@@ -249,7 +252,7 @@ def test_a_fault_is_one_line_and_leaves_nothing(
     sound = parts["query"].samples[:2] + parts["query"].samples[3:4]
     whole, last = Layout(sound[:2]), sound[-1].path
     if fault == "vanishes":
-        sound[0] = Sample(Vanishing(sound[0].path, last), sound[0].label)
+        sound[-1] = Sample(Vanishing(last), sound[-1].label)
     else:
         last.write_bytes(b"" if fault == "no byte" else enormous_png())
     before = sorted(path for path in tmp_path.rglob("*") if path.is_dir())
