@@ -27,6 +27,7 @@ from ufo_ds.model.loading import spec_of
 from ufo_ds.model.spec import SubnetSpec
 from ufo_ds.recipe import only
 from ufo_ds.subnets import extraction
+from ufo_ds.subnets.task_model import open_model
 
 # --- extraction -------------------------------------------------------------------------------------------------------
 
@@ -147,6 +148,9 @@ def test_damage_is_found_in_what_is_read_and_nothing_is_left(tmp_path, model):
         extraction.extract(reader, spec_of(reader, "digits"), tmp_path / "models" / "digits")
     assert list((tmp_path / "models").iterdir()) == []
     extraction.extract(reader, spec_of(reader, "glyphs"), tmp_path / "models" / "glyphs")
+    with pytest.raises(UserError, match=r"classifier\.weight\|weight changed"):
+        open_model(tmp_path, "digits")
+    assert open_model(tmp_path, "glyphs").fingerprint == open_model(tmp_path / "models" / "glyphs").fingerprint
 
 
 def test_another_path_than_the_runs_can_be_cut(tmp_path, reader):

@@ -146,7 +146,8 @@ class Reader:
             if not count:
                 raise Damaged(f"{path} is cut short")
             content, offset = content[count:], offset + count
-        if len(found) == shape[0] and stored.checksums.get(key, checksum(found)) != checksum(found):
+        written = stored.checksums.get(key) if len(found) == shape[0] else None
+        if written is not None and written != checksum(found):
             raise Damaged(f"{path}: {key} changed since it was written")
         return found
 

@@ -105,18 +105,17 @@ def open_model(path: Path, task: str | None = None, device: str = "cpu") -> Task
     names = [t.name for t in reader.recipe.tasks]
     if task is None and len(names) > 1:
         raise UserError(f"{path} has the tasks {', '.join(names)}: choose one with --task")
-    reader.verify()
     return task_model(reader, path, names[0] if task is None else task, device)
 
 
 def task_model(reader: checkpoint.Reader, path: Path, task: str, device: str = "cpu") -> TaskModel:
-    """A task's path of a checkpoint whose files are known to be whole.
+    """A task's path of a checkpoint. What is read is checked, the rest is not looked at.
 
     Args:
         path: the run directory or checkpoint, as it is called.
 
     Raises:
-        UserError: no such task.
+        UserError: no such task, or what is read of it is damaged.
     """
     recipe, spec = only(reader.recipe, [task]), spec_of(reader, task)
     digest = fingerprint(vit_config(recipe, task), state_of(reader, spec), recipe)
