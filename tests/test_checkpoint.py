@@ -13,6 +13,7 @@ from tests.small_run import CLASSES, PATHS, make_images, make_model, make_recipe
 from ufo_ds import checkpoint
 from ufo_ds.checkpoint import Damaged, Index, Parameter, Reader
 from ufo_ds.errors import UserError
+from ufo_ds.model.architecture import Architecture
 from ufo_ds.model.loading import load_supernet, spec_of
 from ufo_ds.model.spec import SubnetSpec
 
@@ -83,7 +84,10 @@ def test_a_supernet_of_one_task_is_that_part_of_the_whole(model, reader):
 
 def test_the_spec_of_a_run_is_its_routes(reader):
     for task, routes in PATHS.items():
-        assert spec_of(reader, task) == SubnetSpec(task, {unit: tuple(layers) for unit, layers in routes.items()})
+        whole = Architecture.of(reader.recipe.model.backbone)
+        assert spec_of(reader, task) == SubnetSpec(
+            task, {unit: tuple(layers) for unit, layers in routes.items()}, whole
+        )
     with pytest.raises(UserError, match=r"no task 'faces' in test; it has digits, glyphs"):
         spec_of(reader, "faces")
 

@@ -95,7 +95,7 @@ def test_overlap_is_what_two_ranges_have_in_common():
 GRIDS = {None: (2, 2), "a": (1, 2)}  # of the shared copy, of a's; the others' are 2 x 3
 UNITS = {  # how a copy is made, the width of its rows
     "ffn": (lambda _: FFN(8, 12), 8),
-    "attn": (lambda _: Attention(8, 2), 8),
+    "attn": (lambda _: Attention(8, 2, 4), 8),
     "norm": (lambda _: Norm(8), 8),
     "embed": (lambda task: Embedding(2, 8, GRIDS.get(task, (2, 3))), 12),
     "stem": (lambda task: Embedding(4, 8, GRIDS.get(task, (2, 3)), stem=[16]), 48),

@@ -24,7 +24,6 @@ from ufo_ds import checkpoint, extract, recipe_file
 from ufo_ds.checkpoint import Reader
 from ufo_ds.errors import UserError
 from ufo_ds.model.loading import spec_of
-from ufo_ds.model.spec import SubnetSpec
 from ufo_ds.recipe import only
 from ufo_ds.subnets import extraction
 from ufo_ds.subnets.task_model import open_model
@@ -87,7 +86,10 @@ def test_the_model_says_what_it_is(extracted):
     assert "| ffn | own shared |" in card
     assert "pipeline_tag: image-feature-extraction" in (extracted / "glyphs" / "README.md").read_text()
     for task, routes in PATHS.items():
-        assert json.loads((extracted / task / "spec.json").read_text()) == {"task": task, "routes": routes}
+        assert json.loads((extracted / task / "spec.json").read_text()) == {
+                "task": task, "routes": routes,
+                "architecture": {"dim": 16, "heads": [2, 2], "hidden": [64, 64], "stem": []},
+            }  # fmt: skip
 
 
 def test_the_model_knows_the_recipe_of_its_task(extracted, model):
@@ -155,7 +157,7 @@ def test_damage_is_found_in_what_is_read_and_nothing_is_left(tmp_path, model):
 
 def test_another_path_than_the_runs_can_be_cut(tmp_path, reader):
     routes = {"embed": ("own",), "norm": ("shared",) * 3, "attn": ("shared",) * 2, "ffn": ("own", "own")}
-    spec = SubnetSpec("glyphs", routes)
+    spec = dataclasses.replace(spec_of(reader, "glyphs"), routes=routes)
     extraction.extract(reader, spec, tmp_path / "out")
     assert extraction.verify(reader, spec, tmp_path / "out", make_images())["passed"] is True
     with pytest.raises(UserError, match="differs from the supernet"):
@@ -165,8 +167,8 @@ def test_another_path_than_the_runs_can_be_cut(tmp_path, reader):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ffn": ("own",)}, "1 routes of ffn, this model has 2"),
-        ({"norm": ("shared",) * 2}, "2 routes of norm, this model has 3"),
+        ({"ffn": ("own",)}, "1 routes of ffn for 2 blocks: give 2"),
+        ({"norm": ("shared",) * 2}, "2 routes of norm for 2 blocks: give 3"),
         ({"attn": ("shared", "own")}, "attn is own, but this model has only a shared attn"),
     ],
 )

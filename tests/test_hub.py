@@ -13,7 +13,6 @@ from transformers import AutoModel, AutoModelForImageClassification
 
 from tests.small_run import (
     CLASSES,
-    PATHS,
     make_images,
     make_model,
     make_recipe,
@@ -50,8 +49,10 @@ def unusual(tmp_path_factory):
     return made
 
 
-def shared_path(task):
-    return SubnetSpec(task, {unit: ("shared",) * len(layers) for unit, layers in PATHS[task].items()})
+def shared_path(reader, task):
+    spec = spec_of(reader, task)
+    routes = {unit: ("shared",) * len(layers) for unit, layers in spec.routes.items()}
+    return SubnetSpec(task, routes, spec.architecture)
 
 
 # Runs the code of model cards, as someone would who has nothing but the directories.
@@ -87,8 +88,8 @@ def test_the_code_on_the_model_cards_gives_the_supernets_outputs(tmp_path, reade
         for task in CLASSES:
             wanted[str(directory / task)] = outputs_of(supernet, task, images)
             shared = tmp_path / name / task
-            extraction.extract(its_reader, shared_path(task), shared)
-            wanted[str(shared)] = outputs_of(load_supernet(its_reader, [shared_path(task)]), task, images)
+            extraction.extract(its_reader, shared_path(its_reader, task), shared)
+            wanted[str(shared)] = outputs_of(load_supernet(its_reader, [shared_path(its_reader, task)]), task, images)
     subprocess.run([sys.executable, "-c", CARDS, tmp_path / "images", tmp_path, *wanted], check=True, timeout=300)
     imported = load_file(tmp_path / "imported")
     for path, found in load_file(tmp_path / "found").items():

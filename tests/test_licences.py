@@ -42,7 +42,7 @@ def reader(tmp_path):
 
 def path_of(reader, task: str, route: str) -> SubnetSpec:
     spec = spec_of(reader, task)
-    return SubnetSpec(task, {unit: (route,) * len(layers) for unit, layers in spec.routes.items()})
+    return dataclasses.replace(spec, routes={unit: (route,) * len(layers) for unit, layers in spec.routes.items()})
 
 
 def test_whose_images_are_behind_a_path(reader):
@@ -50,7 +50,7 @@ def test_whose_images_are_behind_a_path(reader):
     own, shared = path_of(reader, "digits", "own"), path_of(reader, "digits", "shared")
     assert behind(index, recipe, own) == {"digits": LICENCES["digits"]}
     assert behind(index, recipe, shared) == LICENCES
-    one = SubnetSpec("digits", {**own.routes, "norm": (*own.routes["norm"][:-1], "shared")})
+    one = dataclasses.replace(own, routes={**own.routes, "norm": (*own.routes["norm"][:-1], "shared")})
     assert behind(index, recipe, one) == LICENCES
     branched = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, branch_at=5))
     assert behind(index, branched, own) == LICENCES

@@ -1,6 +1,7 @@
 """Learned routes: one branch forward, the softmax's gradient backward, noise by (seed, step, task), and frozen at last;
 the path that is left is written and read as a SubnetSpec."""
 
+import dataclasses
 import json
 import random
 
@@ -10,6 +11,7 @@ import torch
 from ufo_ds import recipe_file
 from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.errors import UserError
+from ufo_ds.model.architecture import Architecture
 from ufo_ds.model.router import Router
 from ufo_ds.model.spec import SubnetSpec
 from ufo_ds.model.supernet import Supernet, init_weights
@@ -268,7 +270,7 @@ def test_the_more_probable_routes_are_decided():
     }  # fmt: skip
     model.set_routes(routes)
     assert not model.learns_routes
-    assert model.spec("b") == SubnetSpec("b", routes["b"])
+    assert model.spec("b") == SubnetSpec("b", routes["b"], Architecture.of(model.recipe.model.backbone))
 
 
 def test_frozen_routes_compute_what_evaluation_did():
@@ -341,8 +343,11 @@ def test_routes_of_one_task_may_be_frozen_alone():
 # --- the spec of a path -----------------------------------------------------------------------------------------------
 
 SPEC = SubnetSpec(
-    "a", {"embed": ("own",), "norm": ("shared",) * 3, "attn": ("shared", "own"), "ffn": ("own", "shared")}
+    "a",
+    {"embed": ("own",), "norm": ("shared",) * 3, "attn": ("shared", "own"), "ffn": ("own", "shared")},
+    Architecture(dim=24, stem=(4, 8), heads=(2, 1), hidden=(72, 48)),
 )
+SIZES = json.loads(json.dumps(dataclasses.asdict(SPEC.architecture)))
 
 
 def test_a_spec_survives_its_file(tmp_path):
@@ -352,14 +357,15 @@ def test_a_spec_survives_its_file(tmp_path):
     assert json.loads(file.read_text()) == {
         "task": "a",
         "routes": {"embed": ["own"], "norm": ["shared"] * 3, "attn": ["shared", "own"], "ffn": ["own", "shared"]},
+        "architecture": {"dim": 24, "stem": [4, 8], "heads": [2, 1], "hidden": [72, 48]},
     }
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"depth": 3}, "it needs the keys task and routes, nothing else"),
-        ({"task": ...}, "it needs the keys task and routes, nothing else"),
+        ({"depth": 3}, "it needs the keys task, routes, architecture, nothing else"),
+        ({"task": ...}, "it needs the keys task, routes, architecture, nothing else"),
         ({"routes": ["own"]}, "routes needs the units embed, norm, attn, ffn"),
         ({"routes": {"ffn": ["own"]}}, "routes needs the units embed, norm, attn, ffn"),
         ({"routes": {**SPEC.routes, "mlp": ["own"]}}, "routes needs the units embed, norm, attn, ffn"),
@@ -367,6 +373,11 @@ def test_a_spec_survives_its_file(tmp_path):
         ({"routes": {**SPEC.routes, "ffn": "own"}}, "ffn"),
         ({"routes": {**SPEC.routes, "ffn": 2}}, "ffn"),
         ({"routes": {**SPEC.routes, "ffn": None}}, "ffn"),
+        ({"architecture": {**SIZES, "dim": 0}}, "dim of the architecture is 0: give a positive whole number"),
+        ({"architecture": {**SIZES, "heads": [2, 1.0]}}, "heads of the architecture is [2, 1.0]: give a list"),
+        ({"architecture": {**SIZES, "stem": 4}}, "stem of the architecture is 4: give a list"),
+        ({"architecture": {**SIZES, "hidden": [48]}}, "2 heads and 1 hidden of the architecture: give one of each"),
+        ({"architecture": {"dim": 24}}, "architecture needs the keys dim, stem, heads, hidden, nothing else"),
     ],
 )
 def test_a_wrong_spec_ends_in_one_line(tmp_path, change, message):

@@ -1,141 +1,18 @@
-"""A recipe: *what* is trained, as typed dataclasses; its tasks are in ``ufo_ds.recipe_task``.
+"""A recipe: *what* is trained, as typed dataclasses; its model is in ``ufo_ds.recipe_model``, its tasks are in
+``ufo_ds.recipe_task``.
 
 ``ufo_ds.recipe_file`` reads it from YAML and prints it back.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from ufo_ds.errors import UserError
-from ufo_ds.recipe_task import STRICT, Positive, Route, Share, Size, Task, Unit
-
-# dim, depth, heads, MLP ratio, patch size of the published ViTs (Dosovitskiy et al., 2021, table 1; DeiT for the two
-# smallest).
-BACKBONES: dict[str, dict[str, Any]] = {
-    "vit_tiny": {"dim": 192, "depth": 12, "heads": 3, "patch_size": 16},
-    "vit_small": {"dim": 384, "depth": 12, "heads": 6, "patch_size": 16},
-    "vit_base": {"dim": 768, "depth": 12, "heads": 12, "patch_size": 16},
-    "vit_large": {"dim": 1024, "depth": 24, "heads": 16, "patch_size": 16},
-    "vit_huge": {"dim": 1280, "depth": 32, "heads": 16, "patch_size": 14},
-}
-
-
-@dataclass(config=STRICT, kw_only=True, frozen=True)
-class Backbone:
-    """A plain pre-norm ViT; ``name`` fills the other values from :data:`BACKBONES`."""
-
-    dim: Positive
-    depth: Positive
-    heads: Positive
-    patch_size: Positive
-    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
-    layer_norm_eps: float = 1e-6
-    # Channels of the 3x3 convolutions before the patch projection, which sees what they leave of a patch; none: a plain
-    # ViT. Those that change the number of channels halve the size, the others are residual: with patch_size 16,
-    # [24, 48, 48, 96, 96, 192, 192] leaves one position for each token.
-    stem: list[Positive] = dataclasses.field(default_factory=list)
-    pool: Literal["cls", "mean"] = "cls"  # the feature: the class token, or without one the mean of the patches' tokens
-    # Standard deviation of the initial position embedding; default: 1 / sqrt(dim). More of it helps small sets.
-    position_std: Annotated[float, Field(gt=0)] | None = None
-    name: str = "custom"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _by_name(cls, value: Any) -> Any:
-        fields = value.kwargs or {} if hasattr(value, "kwargs") else value
-        if isinstance(fields, dict) and fields.get("name", "custom") != "custom":
-            known = BACKBONES.get(fields["name"])
-            if known is None:
-                raise ValueError(f"unknown backbone {fields['name']!r}; known: {', '.join(BACKBONES)}")
-            return {**known, **fields}
-        return value
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> "Backbone":
-        if self.dim % self.heads:
-            raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}")
-        return self
-
-    @model_validator(mode="after")
-    def _stem_divides(self) -> "Backbone":
-        if self.patch_size % stem_stride(self.stem):
-            raise ValueError(
-                f"patch_size {self.patch_size} is not a multiple of the stem's stride {stem_stride(self.stem)}: "
-                "drop a layer of the stem or change patch_size"
-            )
-        return self
-
-    @property
-    def prefix(self) -> int:
-        """Tokens before the patches' ones."""
-        return 1 if self.pool == "cls" else 0
-
-
-@dataclass(config=STRICT, kw_only=True, frozen=True)
-class Router:
-    """How learned routes are found: straight-through Gumbel-softmax over (shared, own), Jang et al., 2017."""
-
-    temperature: Annotated[float, Field(gt=0)] = 5.0
-    final_temperature: Annotated[float, Field(gt=0)] | None = None  # reached when routes freeze; default: no change
-    # Share of a task's samples, rounded to 1 / whole number, on which the copy not chosen is computed (forward only).
-    probe: Annotated[float, Field(gt=0, le=1)] = 1.0
-    freeze_at: Positive | None = None  # the step from which each learned route is its more probable branch
-    freeze_when_stable: Positive | None = (
-        None  # or as soon as no route's more probable branch changed for so many steps
-    )
-
-
-@dataclass(config=STRICT, kw_only=True, frozen=True)
-class Model:
-    backbone: Backbone
-    experts: list[Unit] = dataclasses.field(default_factory=list)  # units of which each task has a copy of its own
-    # Per unit a route for all layers, or one for each layer; a unit with experts is `own` unless said otherwise.
-    routes: dict[Unit, Route | list[Route]] = dataclasses.field(default_factory=dict)
-    router: Router = dataclasses.field(default_factory=Router)
-    # The step until which all tasks take the shared path. Own copies then start as copies of it (sparse upcycling).
-    branch_at: Positive | None = None
-    # Share of every task's training samples, rounded up, that takes the shared copy of every unit whatever the routes,
-    # so that the shared path stays one from which a new task can start.
-    shared_samples: Share = 0.0
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the last layer, rising linearly from 0
-    input: Size | None = None  # of the shared position embedding; default: the first task's input
-    # Blocks of which only the input is kept for the backward pass, which computes them again (Chen et al., 2016): none,
-    # all ("full"), or every n-th, from the first on.
-    activation_checkpointing: Literal["none", "full"] | int = "none"
-    init: str | None = None  # a Hugging Face ViT checkpoint (directory or hub id) to start from
-
-    @field_validator("activation_checkpointing", mode="before")
-    @classmethod
-    def _none_full_or_every_nth(cls, value: Any) -> Any:
-        if value not in ("none", "full") and (type(value) is not int or value < 2):
-            raise ValueError(f'{value!r} is neither "none" nor "full" nor a whole number from 2, for every n-th block')
-        return value
-
-    @property
-    def recomputed_blocks(self) -> range:
-        """Those that activation checkpointing computes again."""
-        chosen = self.activation_checkpointing
-        return range(0) if chosen == "none" else range(0, self.backbone.depth, 1 if chosen == "full" else chosen)
-
-    @model_validator(mode="after")
-    def _freezes_after_branching(self) -> "Model":
-        frozen = self.router.freeze_at
-        if self.branch_at and frozen and frozen <= self.branch_at:
-            raise ValueError(f"router.freeze_at {frozen} is not after branch_at {self.branch_at}: raise it")
-        return self
-
-    @model_validator(mode="before")
-    @classmethod
-    def _backbone_name(cls, value: Any) -> Any:
-        fields = dict(value.kwargs or {}) if hasattr(value, "kwargs") else value
-        if isinstance(fields, dict) and isinstance(fields.get("backbone"), str):
-            return {**fields, "backbone": {"name": fields["backbone"]}}
-        return value
+from ufo_ds.recipe_model import Model, number_of_routes
+from ufo_ds.recipe_task import STRICT, Positive, Share, Task
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
@@ -328,16 +205,6 @@ class Recipe:
             raise ValueError(f"data.samples_per_step {total} is a total to be split, but there is {ways['own']}: "
                              "remove one of them")  # fmt: skip
         return self
-
-
-def number_of_routes(unit: str, depth: int) -> int:
-    """How often a unit is routed: once per block; the embedding once; norms in every block and after the last."""
-    return {"embed": 1, "norm": depth + 1}.get(unit, depth)
-
-
-def stem_stride(stem: Sequence[int]) -> int:
-    """By how much a stem reduces height and width: by 2 with every change of the number of channels."""
-    return 2 ** sum(a != b for a, b in pairwise([3, *stem]))
 
 
 def only(recipe: Recipe, names: list[str]) -> Recipe:

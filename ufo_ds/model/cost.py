@@ -8,7 +8,8 @@ the same, whichever copies they take.
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ufo_ds.recipe import Backbone, Recipe, stem_stride
+from ufo_ds.recipe import Recipe
+from ufo_ds.recipe_model import Backbone, stem_stride
 from ufo_ds.recipe_task import Size, Task
 
 
@@ -81,7 +82,7 @@ def _attention(dim: int, tokens: int) -> Cost:
 
 
 def _ffn(backbone: Backbone, tokens: int) -> Cost:
-    dim, hidden = backbone.dim, round(backbone.dim * backbone.mlp_ratio)
+    dim, hidden = backbone.dim, backbone.hidden_L[0]
     return Cost(2 * dim * hidden + hidden + dim, 2 * tokens * 2 * dim * hidden)
 
 

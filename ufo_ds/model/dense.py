@@ -16,7 +16,8 @@ from ufo_ds.model.heads import BatchNormNeck
 from ufo_ds.model.hub import UfoViTConfig
 from ufo_ds.model.layers import resize_position
 from ufo_ds.model.spec import SubnetSpec
-from ufo_ds.recipe import Backbone, Recipe, stem_stride
+from ufo_ds.recipe import Recipe
+from ufo_ds.recipe_model import Backbone, stem_stride
 from ufo_ds.recipe_task import Task
 
 Read = Callable[[str], Tensor]  # a parameter or buffer of the supernet by its name
@@ -49,8 +50,8 @@ def vit_config(recipe: Recipe, task: str) -> ViTConfig:
     values: dict[str, Any] = {
         "hidden_size": backbone.dim,
         "num_hidden_layers": backbone.depth,
-        "num_attention_heads": backbone.heads,
-        "intermediate_size": round(backbone.dim * backbone.mlp_ratio),
+        "num_attention_heads": backbone.heads_L[0],
+        "intermediate_size": backbone.hidden_L[0],
         "layer_norm_eps": backbone.layer_norm_eps,
         "image_size": height if height == width else [height, width],
         "patch_size": backbone.patch_size,

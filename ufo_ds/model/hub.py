@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from ufo_ds.model.layers import StemLayer, resize_position
-from ufo_ds.recipe import stem_stride
+from ufo_ds.recipe_model import stem_stride
 
 
 @strict

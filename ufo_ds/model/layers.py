@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ufo_ds.model.packing import Segment, buckets, concatenate, patchify, same_grid, split, unpatchify
-from ufo_ds.recipe import stem_stride
+from ufo_ds.recipe_model import stem_stride
 
 
 class Embedding(nn.Module):
@@ -125,11 +125,11 @@ class Norm(nn.LayerNorm):
 class Attention(nn.Module):
     """Multi-head self-attention inside each image; one kernel call per run of images of equal length."""
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, head_width: int):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * heads * head_width)
+        self.proj = nn.Linear(heads * head_width, dim)
 
     def forward(self, x_ND: Tensor, segments: Sequence[Segment]) -> Tensor:
         qkv = self.qkv(x_ND)

@@ -7,10 +7,12 @@ import torch
 
 from ufo_ds.checkpoint import Reader
 from ufo_ds.errors import UserError
+from ufo_ds.model.architecture import Architecture, SearchSpace
 from ufo_ds.model.router import Place
 from ufo_ds.model.spec import UNITS, SubnetSpec, routes_of
 from ufo_ds.model.supernet import Supernet
-from ufo_ds.recipe import Recipe, number_of_routes, only
+from ufo_ds.recipe import Recipe, only
+from ufo_ds.recipe_model import number_of_routes
 
 
 def load_supernet(reader: Reader, specs: list[SubnetSpec], device: torch.device | str = "cpu") -> Supernet:
@@ -54,19 +56,28 @@ def spec_of(reader: Reader, task: str) -> SubnetSpec:
         for (unit, i), (shared, own) in zip(asked, logits_R2.tolist(), strict=True):
             if routes[unit][i] == "learned":
                 routes[unit][i] = "own" if own > shared else "shared"
-    return SubnetSpec(task, {unit: tuple(routes[unit]) for unit in UNITS})
+    whole = Architecture.of(recipe.model.backbone)
+    return SubnetSpec(task, {unit: tuple(routes[unit]) for unit in UNITS}, whole)
 
 
 def check_path(reader: Reader, spec: SubnetSpec) -> None:
     """
     Raises:
-        UserError: the path has another number of layers than the model, or an own copy of a unit without experts.
+        UserError: the path is no slice of the model, or outside of what its elastic sizes may be, or takes an own copy
+            of a unit without experts.
     """
     model = reader.recipe.model
+    if not spec.architecture.fits(whole := Architecture.of(model.backbone)):
+        raise UserError(f"spec of {spec.task}: {spec.architecture} is no slice of this model, {whole}")
+    if model.elastic is not None:
+        try:
+            SearchSpace.of(model).levels(spec.architecture)
+        except ValueError as error:
+            raise UserError(f"spec of {spec.task} is outside of the recipe's model.elastic: {error}") from None
     for unit, layers in spec.routes.items():
-        wanted = number_of_routes(unit, model.backbone.depth)
-        if len(layers) != wanted:
-            raise UserError(f"spec of {spec.task}: {len(layers)} routes of {unit}, this model has {wanted}")
+        depth = spec.architecture.depth
+        if len(layers) != (wanted := number_of_routes(unit, depth)):
+            raise UserError(f"spec of {spec.task}: {len(layers)} routes of {unit} for {depth} blocks: give {wanted}")
         if "own" in layers and unit not in model.experts:
             raise UserError(f"spec of {spec.task}: {unit} is own, but this model has only a shared {unit}")
 

@@ -48,7 +48,7 @@ def pretrained_values(recipe: Recipe) -> Pretrained:
         (backbone.dim, config.hidden_size, "dim"),
         (backbone.depth, config.num_hidden_layers, "depth"),
         (backbone.heads, config.num_attention_heads, "heads"),
-        (round(backbone.dim * backbone.mlp_ratio), config.intermediate_size, "dim x mlp_ratio"),
+        (backbone.hidden_L[0], config.intermediate_size, "dim x mlp_ratio"),
         (backbone.patch_size, config.patch_size, "patch_size"),
     ]:
         if ours != theirs:

@@ -1,26 +1,44 @@
 """SubnetSpec: the one description of a dense path through the supernet."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ufo_ds.errors import UserError
-from ufo_ds.recipe import Recipe, number_of_routes
+from ufo_ds.model.architecture import Architecture
+from ufo_ds.recipe import Recipe
+from ufo_ds.recipe_model import number_of_routes
 
 UNITS = ("embed", "norm", "attn", "ffn")
 
 
 @dataclass(frozen=True)
 class SubnetSpec:
-    """For one task and each unit, the copy used in every layer: ``"shared"`` or ``"own"``.
+    """For one task and each unit, the copy used in every layer: ``"shared"`` or ``"own"``; and how much of it.
 
     ``routes["ffn"][i]`` and ``routes["attn"][i]`` belong to block i, ``routes["norm"][i]`` to both norms of block i
-    (the last entry to the final norm), ``routes["embed"]`` has one entry.
+    (the last entry to the final norm), ``routes["embed"]`` has one entry. Only blocks that are kept have routes.
     """
 
     task: str
     routes: dict[str, tuple[str, ...]]
+    architecture: Architecture
+
+    @property
+    def name(self) -> str:
+        """Short, and another one for every other spec: ``person-4x144-9f2c61ab`` has 4 blocks of width 144."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        return f"{self.task}-{self.architecture.depth}x{self.architecture.dim}-{digest}"
+
+    def sliced(self, architecture: Architecture) -> "SubnetSpec":
+        """A smaller one on the same path."""
+        depth = architecture.depth
+        routes = {unit: layers[:depth] for unit, layers in self.routes.items() if unit in ("attn", "ffn")}
+        norms = (*self.routes["norm"][:depth], self.routes["norm"][-1])
+        return SubnetSpec(self.task, {"embed": self.routes["embed"], "norm": norms, **routes}, architecture)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -30,10 +48,11 @@ class SubnetSpec:
         """Check plain values, of a JSON file for instance.
 
         Raises:
-            UserError: a key that is missing or unknown, or a route that is neither shared nor own.
+            UserError: a key that is missing or unknown, a route that is neither shared nor own, or a size that is none.
         """
-        if not isinstance(values, dict) or set(values) != {"task", "routes"}:
-            raise UserError(f"{source} is no subnet spec: it needs the keys task and routes, nothing else")
+        if not isinstance(values, dict) or set(values) != {"task", "routes", "architecture"}:
+            raise UserError(f"{source} is no subnet spec: it needs the keys task, routes, architecture, nothing else")
+        architecture = Architecture.from_values(values["architecture"], source)
         routes = values["routes"]
         if not isinstance(routes, dict) or set(routes) != set(UNITS):
             raise UserError(f"{source}: routes needs the units {', '.join(UNITS)}")
@@ -43,7 +62,7 @@ class SubnetSpec:
             for layer in layers:
                 if layer not in ("shared", "own"):
                     raise UserError(f"{source}: route {layer!r} of {unit}: use shared or own")
-        return cls(str(values["task"]), {unit: tuple(layers) for unit, layers in routes.items()})
+        return cls(str(values["task"]), {unit: tuple(routes[unit]) for unit in UNITS}, architecture)
 
     @classmethod
     def load(cls, path: Path) -> "SubnetSpec":

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.errors import UserError
 from ufo_ds.model import classifiers
+from ufo_ds.model.architecture import Architecture
 from ufo_ds.model.experts import LEARNED, OWN, SHARED, RoutedUnit
 from ufo_ds.model.heads import BatchNormNeck, Outputs, TaskHead, TaskHeads
 from ufo_ds.model.initialization import Pretrained, fill, start_values
@@ -24,7 +25,8 @@ from ufo_ds.model.packing import Part, Segment, concatenate, join, overlap, patc
 from ufo_ds.model.recomputation import recomputed
 from ufo_ds.model.router import Choices, Place, Router
 from ufo_ds.model.spec import UNITS, SubnetSpec, routes_of
-from ufo_ds.recipe import Backbone, Recipe
+from ufo_ds.recipe import Recipe
+from ufo_ds.recipe_model import Backbone
 from ufo_ds.recipe_task import Size
 from ufo_ds.seeding import torch_generator
 
@@ -56,9 +58,9 @@ class Block(nn.Module):
         dim, eps = backbone.dim, backbone.layer_norm_eps
         self.layer = layer
         self.norm1 = build("norm", layer, lambda _: Norm(dim, eps=eps))
-        self.attn = build("attn", layer, lambda _: Attention(dim, backbone.heads))
+        self.attn = build("attn", layer, lambda _: Attention(dim, backbone.heads_L[layer], backbone.head_width))
         self.norm2 = build("norm", layer, lambda _: Norm(dim, eps=eps))
-        self.ffn = build("ffn", layer, lambda _: FFN(dim, round(dim * backbone.mlp_ratio)))
+        self.ffn = build("ffn", layer, lambda _: FFN(dim, backbone.hidden_L[layer]))
 
     def forward(
         self, x_ND: Tensor, segments: Sequence[Segment], choices: Choices, drop_path_N2: Tensor | None
@@ -188,7 +190,7 @@ class Supernet(nn.Module):
         if task not in self.tasks:
             raise UserError(f"no task {task!r} in this model; it has {', '.join(self.tasks)}")
         assert not any(LEARNED in layers for layers in self.routes[task].values())
-        return SubnetSpec(task, self.routes[task])
+        return SubnetSpec(task, self.routes[task], Architecture.of(self.recipe.model.backbone))
 
     # --- forward --------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,8 @@ Of a block that is recomputed its input is kept (D), and drop path's factors; wh
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ufo_ds.recipe import Backbone, Recipe, number_of_routes
+from ufo_ds.recipe import Recipe
+from ufo_ds.recipe_model import Backbone, number_of_routes
 from ufo_ds.recipe_task import Size, Task
 
 FP32 = 4  # bytes
@@ -41,10 +42,10 @@ PRECISIONS = {"fp32": Precision(4, 4, 4), "bf16": Precision(2, 2, 2), "fp32 with
 def kept_per_image(recipe: Recipe, input_hw: Size, precision: Precision) -> dict[str, list[int]]:
     """Bytes that one image keeps in every unit, by layer."""
     backbone = recipe.model.backbone
-    dim, hidden = backbone.dim, round(backbone.dim * backbone.mlp_ratio)
+    dim, hidden = backbone.dim, backbone.hidden_L[0]
     grid, tokens = _grid(backbone, input_hw), _tokens(backbone, input_hw)
     norm = tokens * (dim * precision.residual + 2 * FP32)
-    attention = tokens * (5 * dim * precision.rows + backbone.heads * FP32)
+    attention = tokens * (5 * dim * precision.rows + backbone.heads_L[0] * FP32)
     ffn = tokens * (dim + 2 * hidden) * precision.rows
     branch = tokens * precision.rows if recipe.model.drop_path else 0
     layers = number_of_routes("norm", backbone.depth) - 1
