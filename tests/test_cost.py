@@ -3,12 +3,11 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import ViTModel
 
 from ufo_ds import recipe_file
+from ufo_ds.model.architecture import Architecture
 from ufo_ds.model.cost import head_cost, path_cost, supernet_parameters
-from ufo_ds.model.dense import is_stock, vit_config
-from ufo_ds.model.hub import UfoViTModel
+from ufo_ds.model.dense import network
 from ufo_ds.model.supernet import Supernet
 
 
@@ -20,9 +19,8 @@ def test_as_built(name, monkeypatch):
     backbone = recipe.model.backbone
     for task in {task.input: task for task in recipe.tasks}.values():
         with torch.device("meta"):
-            path = (ViTModel if is_stock(backbone) else UfoViTModel)(
-                vit_config(recipe, task.name), add_pooling_layer=False
-            )
+            path = network(recipe, task.name, Architecture.of(backbone))
+            path.pooler = None
             image = torch.empty(1, 3, *task.input)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             path(image)
