@@ -13,6 +13,7 @@ from transformers import ViTConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from ufo_ds.errors import UserError
+from ufo_ds.model.architecture import Architecture
 from ufo_ds.model.dense import is_stock
 from ufo_ds.model.initialization import Pretrained
 from ufo_ds.model.layers import resize_position
@@ -38,7 +39,7 @@ def pretrained_values(recipe: Recipe) -> Pretrained:
     """
     source, backbone = recipe.model.init, recipe.model.backbone
     assert source is not None
-    if not is_stock(backbone):
+    if not is_stock(backbone, Architecture.of(backbone)):
         raise UserError(
             f"model.init {source!r} is a ViT with a class token and no stem, model.backbone has stem {backbone.stem} "
             f"and pool {backbone.pool!r}: leave model.init out, or stem and pool"

@@ -3,7 +3,7 @@
 The directory holds a ``ViTModel`` (embedding in ``pooler_output``) or, for a classification task,
 ``ViTForImageClassification``, with the settings of its image processor, a model card, the spec of the path and the
 recipe of its task, benchmarks included; no code.
-A backbone with a stem or mean pooling, which these have no room for, is a ``UfoViTModel`` or
+What these have no room for, blocks that differ, a stem or mean pooling, is a ``UfoViTModel`` or
 ``UfoViTForImageClassification``: they load after ``import ufo_ds.model.hub``.
 """
 
@@ -19,21 +19,14 @@ import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    ViTForImageClassification,
-    ViTImageProcessorPil,
-    ViTModel,
-)
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, ViTImageProcessorPil
 
 from ufo_ds.checkpoint import Reader, write_tensors, write_text
 from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.data.transforms import evaluation_transform
 from ufo_ds.errors import UserError
-from ufo_ds.model.dense import Read, classifier_weights, is_stock, vit_config, vit_weights
-from ufo_ds.model.hub import UfoViTConfig, UfoViTForImageClassification, UfoViTModel
+from ufo_ds.model.dense import Read, classifier_weights, is_stock, network, vit_weights
+from ufo_ds.model.hub import UfoViTConfig
 from ufo_ds.model.loading import check_path, load_supernet
 from ufo_ds.model.spec import SubnetSpec
 from ufo_ds.recipe import Recipe, only
@@ -44,6 +37,7 @@ from ufo_ds.subnets.licences import behind
 TOLERANCE = 1e-5  # of the largest output, in fp32
 CERTIFICATE = "certificate.json"
 RECIPE = "recipe.yaml"
+SPEC = "spec.json"
 HUB = "ufo_ds.model.hub"  # imported above: what is not stock loads only with it
 
 
@@ -57,18 +51,9 @@ def extract(reader: Reader, spec: SubnetSpec, out: Path) -> int:
     recipe = reader.recipe
     task = _task(recipe, spec.task)
     check_path(reader, spec)
-    config = vit_config(recipe, spec.task)
-    stock = is_stock(recipe.model.backbone)
-    model_class: type = ViTModel if stock else UfoViTModel
-    if task.head.type == "linear":
-        names = reader.index.classes[spec.task]
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: label for label, name in enumerate(names)}
-        if task.loss.multi_label:
-            config.problem_type = "multi_label_classification"
-        model_class = ViTForImageClassification if stock else UfoViTForImageClassification
     with torch.device("meta"):
-        model = model_class(config)
+        classes = reader.index.classes[spec.task] if task.head.type == "linear" else None
+        model = network(recipe, spec.task, spec.architecture, classes)
     # The pooler of a classification model is not part of its class, but of the AutoModel in the same directory.
     prefix = "vit." if task.head.type == "linear" else ""
     shapes = {
@@ -77,7 +62,8 @@ def extract(reader: Reader, spec: SubnetSpec, out: Path) -> int:
     }
     missing = set(model.state_dict()) - set(shapes)
     assert not missing, missing
-    config.architectures, config.dtype = [model_class.__name__], "float32"
+    config = model.config
+    config.architectures, config.dtype = [type(model).__name__], "float32"
     unfinished = out.with_name(f".{out.name}.partial")
     try:
         if out.exists():
@@ -88,7 +74,7 @@ def extract(reader: Reader, spec: SubnetSpec, out: Path) -> int:
         tensors = (value for _, value in _weights(recipe, spec, partial(_read, reader)))
         write_tensors(unfinished / "model.safetensors", shapes, tensors, {"format": "pt"})
         image_processor(recipe, task).save_pretrained(unfinished)
-        write_text(unfinished / "spec.json", spec.to_json() + "\n")
+        write_text(unfinished / SPEC, spec.to_json() + "\n")
         write_text(unfinished / RECIPE, to_yaml(only(recipe, [spec.task])))
         parameters = sum(shape.numel() for shape in shapes.values())
         write_text(unfinished / "README.md", _card(reader, task, spec, parameters))
@@ -114,7 +100,7 @@ def _weights(recipe: Recipe, spec: SubnetSpec, read: Read) -> Iterator[tuple[str
     yield from vit_weights(recipe, spec, read)
     task = _task(recipe, spec.task)
     if task.head.type == "linear":
-        yield from classifier_weights(task, read)
+        yield from classifier_weights(task, spec.architecture.dim, read)
 
 
 def _read(reader: Reader, name: str) -> torch.Tensor:
@@ -173,7 +159,9 @@ def verify(reader: Reader, spec: SubnetSpec, directory: Path, images: list[bytes
         "max_absolute_difference": furthest,
         "tolerance": TOLERANCE,
         "image_processor": processor,
-        "loaded_by": "transformers" if is_stock(reader.recipe.model.backbone) else f"transformers and {HUB}",
+        "loaded_by": "transformers"
+        if is_stock(reader.recipe.model.backbone, spec.architecture)
+        else f"transformers and {HUB}",
         "passed": difference <= TOLERANCE,
     }
     write_text(directory / CERTIFICATE, json.dumps(certificate, indent=2) + "\n")
@@ -213,11 +201,12 @@ def _card(reader: Reader, task: Task, spec: SubnetSpec, parameters: int) -> str:
         f"{'.sigmoid()  # of each attribute' if task.loss.multi_label else ''}" if linear
         else "AutoModel.from_pretrained(path)(**inputs).pooler_output  # compare by cosine"
     )  # fmt: skip
-    stock = is_stock(reader.recipe.model.backbone)
+    stock = is_stock(reader.recipe.model.backbone, spec.architecture)
     register = "" if stock else f"import {HUB}  # registers the model's class with transformers\n"
     needs = "" if stock else f"""
-The model has a convolutional stem or mean pooling, which transformers' ViT lacks, so its class comes with the package
-`ufo_ds`. Without `import {HUB}`, transformers does not know the model type `{UfoViTConfig.model_type}`.
+The model has what transformers' ViT lacks, blocks of several sizes, a convolutional stem or mean pooling, so its class
+comes with the package `ufo_ds`. Without `import {HUB}`, transformers does not know the model type
+`{UfoViTConfig.model_type}`.
 """  # fmt: skip
     routes = asdict(spec)["routes"]
     rows = "\n".join(f"| {unit} | {' '.join(layers)} |" for unit, layers in routes.items())

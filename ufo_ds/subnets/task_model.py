@@ -118,7 +118,7 @@ def task_model(reader: checkpoint.Reader, path: Path, task: str, device: str = "
         UserError: no such task, or what is read of it is damaged.
     """
     recipe, spec = only(reader.recipe, [task]), spec_of(reader, task)
-    digest = fingerprint(vit_config(recipe, task), state_of(reader, spec), recipe)
+    digest = fingerprint(vit_config(recipe, task, spec.architecture), state_of(reader, spec), recipe)
     classes = reader.index.classes[task] if recipe.tasks[0].head.type == "linear" else []
     network = _PathNetwork(load_supernet(reader, [spec], device), task)
     where = path / f"calibration-{task}.json"
