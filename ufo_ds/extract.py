@@ -1,6 +1,7 @@
 """Cut one task out of a run as a dense Hugging Face model.
 
 ufo extract runs/demo --task glyphs --out glyphs-vit --verify
+ufo extract runs/demo --task glyphs --spec small.json --out glyphs-small    # a subnet of an elastic model
 """
 
 import argparse
@@ -24,7 +25,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="a run directory (its best checkpoint), or one checkpoint")
     parser.add_argument("--task", required=True, help="the task to cut out")
     parser.add_argument("--out", type=Path, required=True, help="directory to make")
-    parser.add_argument("--spec", type=Path, help="a SubnetSpec as JSON (default: the routes of the run)")
+    parser.add_argument("--spec", type=Path, help="a subnet's SubnetSpec as JSON (default: the whole path of the task)")
+    parser.add_argument(
+        "--statistics", metavar="SOURCE",
+        help="shards or a folder of training images for the statistics of a smaller subnet's neck (default: the train "
+        "sets of the task)",
+    )  # fmt: skip
     parser.add_argument("--allow", choices=["commercial"], help="refuse what the images' licences do not permit")
     parser.add_argument("--verify", action="store_true", help="compare with the supernet on image files")
     parser.add_argument("--images", type=Path, nargs="+", help="files to verify with (default: of the benchmarks)")
@@ -41,15 +47,25 @@ def main(argv: list[str] | None = None) -> None:
 
     from transformers.utils import logging  # takes seconds to import
 
-    from ufo_ds.subnets import extraction
+    from ufo_ds.subnets import extraction, recalibration
 
     logging.set_verbosity_error()  # its loading report lists the half of the file that the other class reads
     logging.disable_progress_bar()
 
-    parameters = extraction.extract(reader, spec, options.out)
-    result = {"task": spec.task, "out": str(options.out), "step": reader.index.step, "parameters": parameters}
+    pixels = None
+    if options.statistics is not None:
+        pixels = recalibration.training_pixels(reader.recipe, spec.task, options.statistics)
+    statistics = recalibration.statistics(reader, spec, pixels)
+    parameters = extraction.extract(reader, spec, options.out, statistics)
+    result = {
+        "task": spec.task,
+        "spec": spec.name,
+        "out": str(options.out),
+        "step": reader.index.step,
+        "parameters": parameters,
+    }
     if options.verify:
-        result["max_difference"] = extraction.verify(reader, spec, options.out, images)["max_difference"]
+        result["max_difference"] = extraction.verify(reader, spec, options.out, images, statistics)["max_difference"]
     if options.json:
         print(json.dumps(result))
     else:

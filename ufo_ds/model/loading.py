@@ -16,7 +16,8 @@ from ufo_ds.recipe_model import number_of_routes
 
 
 def load_supernet(reader: Reader, specs: list[SubnetSpec], device: torch.device | str = "cpu") -> Supernet:
-    """The part of a checkpoint's supernet that some tasks need, on the given paths, in evaluation mode.
+    """The part of a checkpoint's supernet that some tasks need, on the given paths, in evaluation mode. The statistics
+    of necks are those in the checkpoint.
 
     Raises:
         UserError: a task that the checkpoint lacks.
@@ -28,6 +29,7 @@ def load_supernet(reader: Reader, specs: list[SubnetSpec], device: torch.device 
         recipe = _with_routes(recipe, spec)
     with torch.device("meta"):
         model = Supernet(recipe, {task: len(reader.index.classes[task]) for task in tasks})
+    model.architectures = {spec.task: spec.architecture for spec in specs}
     model.to_empty(device=device)
     model.fill_constants()
     with torch.no_grad():
@@ -63,10 +65,10 @@ def spec_of(reader: Reader, task: str) -> SubnetSpec:
 def check_path(reader: Reader, spec: SubnetSpec) -> None:
     """
     Raises:
-        UserError: the path is no slice of the model, or outside of what its elastic sizes may be, or takes an own copy
-            of a unit without experts.
+        UserError: the checkpoint lacks the task; the path is no slice of the model, or outside of what its elastic
+            sizes may be, or takes an own copy of a unit without experts.
     """
-    model = reader.recipe.model
+    model = only(reader.recipe, [spec.task]).model
     if not spec.architecture.fits(whole := Architecture.of(model.backbone)):
         raise UserError(f"spec of {spec.task}: {spec.architecture} is no slice of this model, {whole}")
     if model.elastic is not None:
@@ -83,7 +85,11 @@ def check_path(reader: Reader, spec: SubnetSpec) -> None:
 
 
 def _with_routes(recipe: Recipe, spec: SubnetSpec) -> Recipe:
-    """Learned routes are decided by now: no router is needed."""
+    """Learned routes are decided by now: no router is needed. Those of blocks left out do not matter."""
     routes: dict[Any, Any] = {unit: list(layers) for unit, layers in spec.routes.items()}
+    left_out = ["shared"] * (recipe.model.backbone.depth - spec.architecture.depth)
+    routes["attn"] += left_out
+    routes["ffn"] += left_out
+    routes["norm"][-1:-1] = left_out  # the last one is that of the final norm
     tasks = [dataclasses.replace(t, routes=routes) if t.name == spec.task else t for t in recipe.tasks]
     return dataclasses.replace(recipe, tasks=tasks)
