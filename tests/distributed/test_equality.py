@@ -97,7 +97,6 @@ def test_four_ranks():
         case(2, 3, tasks=3, batches="isomorphic"),
         case("auto", 3, "input"),  # not even on any two or four ranks: all tasks everywhere
         case(2, 3, "input"),
-        case(2, 3, "input", "frozen", last=1, elastic=ELASTIC, sharded=("a", "c"), sampled=("a",)),
         case(2, 3, batches="balanced"),  # in every step a task with twice its samples and another with none
     ]
     check(4, cases)
