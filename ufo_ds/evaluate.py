@@ -43,6 +43,7 @@ from ufo_ds.parallel.launch import adopt_environment, finish_distributed, init_d
 from ufo_ds.parallel.placement import share
 from ufo_ds.recipe import Recipe, only
 from ufo_ds.subnets import calibration as calibrations
+from ufo_ds.subnets import recalibration
 from ufo_ds.subnets.calibration import Calibration
 from ufo_ds.subnets.dense_model import is_dense_model
 from ufo_ds.subnets.task_model import TaskModel, open_model, task_model
@@ -81,6 +82,11 @@ def main(argv: list[str] | None = None) -> None:
         "--spec", type=Path, action="append", default=[], metavar="FILE",
         help="only this subnet of the run, a SubnetSpec as JSON (may be given several times, once for a task)",
     )  # fmt: skip
+    parser.add_argument(
+        "--statistics", metavar="SOURCE",
+        help="with --spec, shards or a folder of training images for the statistics of its neck (default: the train "
+        "sets of the task)",
+    )  # fmt: skip
     parser.add_argument("--last", action="store_true", help="the last checkpoint instead of the best")
     parser.add_argument("--pixels", action="store_true", help="the floor instead: matching of 32x32 grey pixels")
     parser.add_argument(
@@ -103,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--far {far:g}: give a rate between 0 and 1, such as 0.001")
     if adopt_environment() > 1:
         init_distributed()
-    subject = _subject(options.run, options.last, options.device, options.spec)
+    subject = _subject(options.run, options.last, options.device, options.spec, options.statistics)
     recipe = _evaluated(subject, options)
     images = open_images(recipe)
     left_out = overlap.left_out(options.audit, subject.recipe, recipe) if options.audit else {}
@@ -130,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         finish_distributed()
 
 
-def _subject(path: Path, last: bool, device: str, spec_files: list[Path]) -> Subject:
+def _subject(path: Path, last: bool, device: str, spec_files: list[Path], statistics: str | None) -> Subject:
     """
     Raises:
         UserError: there is no such model or run, or it has not the subnets that are asked for.
@@ -149,7 +155,14 @@ def _subject(path: Path, last: bool, device: str, spec_files: list[Path]) -> Sub
             raise UserError(f"--spec {file} is one more for task {spec.task!r}: evaluate them one after the other")
         check_path(reader, spec)
         specs[spec.task] = spec
+    if statistics is not None and len(specs) != 1:
+        raise UserError(f"--statistics {statistics} is for the subnet of one task: give one --spec")
     recipe = only(reader.recipe, list(specs)) if specs else reader.recipe
+
+    def open_task(task: str) -> TaskModel:
+        pixels = None if statistics is None else recalibration.training_pixels(recipe, task, statistics)
+        return task_model(reader, path, specs.get(task) or spec_of(reader, task), device, pixels)
+
     checkpoints = reader.directory.resolve().parent
     return Subject(
         ", ".join([f"{path}, step {reader.index.step}", *(spec.name for spec in specs.values())]),
@@ -157,7 +170,7 @@ def _subject(path: Path, last: bool, device: str, spec_files: list[Path]) -> Sub
         reader.index.classes,
         reader.index.step,
         checkpoints.parent if checkpoints.name == "checkpoints" and not specs else None,
-        lambda task: task_model(reader, path, specs.get(task) or spec_of(reader, task), device),
+        open_task,
     )
 
 
