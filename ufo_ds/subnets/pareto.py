@@ -26,7 +26,7 @@ def on_front(accuracy_N: np.ndarray, costs_NM: np.ndarray) -> np.ndarray:
     better_NN = as_good_NN & (losses_NL[:, None] < losses_NL[None]).any(2)
     earlier_NN = np.triu(np.ones_like(as_good_NN), 1)
     alike_before_NN = as_good_NN & as_good_NN.T & earlier_NN
-    return ~(better_NN | alike_before_NN).any(0)
+    return ~np.any(better_NN | alike_before_NN, axis=0)
 
 
 def hypervolume(accuracy_N: np.ndarray, costs_NM: np.ndarray, floor: float, bounds_M: np.ndarray) -> float:
@@ -91,12 +91,12 @@ def nsga2(
         The last front that it has within the limits, or no rows.
     """
 
-    class Levels(Problem):  # type: ignore[misc]
+    class Levels(Problem):
         def _evaluate(self, x, out, *args, **kwargs):
             accuracy_N, costs_NM, excess_NK = objectives(x.astype(int))
             out["F"], out["G"] = np.column_stack([-accuracy_N, costs_NM]), excess_NK
 
-    class Whole(Repair):  # type: ignore[misc]
+    class Whole(Repair):
         def _do(self, problem, x, **kwargs):
             return tidy(np.rint(x).astype(int)).astype(float)
 

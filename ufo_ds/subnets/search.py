@@ -4,8 +4,8 @@ A candidate is a row of levels: one subnet of a task, or one of each of T tasks.
 (:mod:`ufo_ds.subnets.predictor`) says how good those would be that were not evaluated.
 
 1. The first ones are the largest, the smallest, and of others drawn within the limits those that would say most.
-2. Then NSGA-II finds the front of what is promised within the limits, somewhat hopefully; of it and some drawn ones that
-   is next which is expected to raise the hypervolume most.
+2. Then NSGA-II finds the front of what is promised within the limits, somewhat hopefully; of it and some drawn ones
+   that is next which is expected to raise the hypervolume most.
 3. The last ones are finalists, of the front of the plain prediction: no more chances are taken, and that is next whose
    prediction raises the hypervolume most.
 
@@ -56,7 +56,7 @@ class Space:
         return self.tidy(np.stack([self.highest_G, np.zeros_like(self.highest_G)]))
 
     def within(self, costs_NA: np.ndarray) -> np.ndarray:
-        return (costs_NA <= self.limits_A).all(1)
+        return np.all(costs_NA <= self.limits_A, axis=1)
 
     def bounds(self, costs_2A: np.ndarray) -> np.ndarray:
         """Costs [M] up to which volumes count, somewhat beyond the limits, from those of :attr:`ends`."""
