@@ -33,15 +33,19 @@ NOTHING = Cost(0, 0)
 
 def path_cost(backbone: Backbone, architecture: Architecture, input_hw: Size) -> Cost:
     """A dense ViT for images of this size, from the pixels to the pooled feature; without head and neck."""
-    embedding = _embedding(backbone, architecture.dim, *architecture.stem, patches=_grid(backbone, input_hw))
-    positions = Cost(_tokens(backbone, input_hw) * architecture.dim, 0)
     blocks = (block_cost(backbone, architecture, block, input_hw) for block in range(architecture.depth))
-    return sum(blocks, embedding + positions) + _norm(architecture.dim)
+    return sum(blocks, embedding_cost(backbone, architecture, input_hw)) + _norm(architecture.dim)
+
+
+def embedding_cost(backbone: Backbone, architecture: Architecture, input_hw: Size) -> Cost:
+    """Stem, patch projection, class token and position embedding."""
+    grid, positions = _grid(backbone, input_hw), tokens_of(backbone, input_hw) * architecture.dim
+    return _embedding(backbone, architecture.dim, *architecture.stem, patches=grid) + Cost(positions, 0)
 
 
 def block_cost(backbone: Backbone, architecture: Architecture, block: int, input_hw: Size) -> Cost:
     """One block of it."""
-    dim, tokens = architecture.dim, _tokens(backbone, input_hw)
+    dim, tokens = architecture.dim, tokens_of(backbone, input_hw)
     attention = _attention(dim, architecture.heads[block] * backbone.head_width, tokens)
     return attention + _ffn(dim, architecture.hidden[block], tokens) + _norm(dim) * 2
 
@@ -92,6 +96,11 @@ def joint_cost(recipe: Recipe, specs: Sequence[SubnetSpec], classes: Mapping[str
     return Cost(parameters, flops)
 
 
+def tokens_of(backbone: Backbone, input_hw: Size) -> int:
+    """Of an image, the class token included."""
+    return backbone.prefix + _grid(backbone, input_hw)
+
+
 def supernet_parameters(recipe: Recipe) -> int:
     """Of all copies of all units, whether a path takes them or not; without heads and router."""
     backbone, experts = recipe.model.backbone, recipe.model.experts
@@ -103,7 +112,7 @@ def supernet_parameters(recipe: Recipe) -> int:
     inputs = [recipe.model.input or recipe.tasks[0].input]
     inputs += [task.input for task in recipe.tasks] if "embed" in experts else []
     embedding = _embedding(backbone, dim, *whole.stem).parameters
-    embeddings = sum(embedding + _tokens(backbone, size) * dim for size in inputs)
+    embeddings = sum(embedding + tokens_of(backbone, size) * dim for size in inputs)
     return embeddings + attention * copies["attn"] + ffns * copies["ffn"] + norms * copies["norm"]
 
 
@@ -127,7 +136,7 @@ def _slices(backbone: Backbone, spec: SubnetSpec, input_hw: Size) -> Iterator[tu
 
     yield ("embed", owner("embed", 0), ()), (path.dim, *path.stem)
     grid = tuple(side // backbone.patch_size for side in input_hw)
-    yield ("position", owner("embed", 0), grid), (path.dim, _tokens(backbone, input_hw))
+    yield ("position", owner("embed", 0), grid), (path.dim, tokens_of(backbone, input_hw))
     for i in range(path.depth):
         yield ("attn", owner("attn", i), (i,)), (path.dim, path.heads[i] * width)
         yield ("ffn", owner("ffn", i), (i,)), (path.dim, path.hidden[i])
@@ -138,10 +147,6 @@ def _slices(backbone: Backbone, spec: SubnetSpec, input_hw: Size) -> Iterator[tu
 
 def _grid(backbone: Backbone, input_hw: Size) -> int:
     return (input_hw[0] // backbone.patch_size) * (input_hw[1] // backbone.patch_size)
-
-
-def _tokens(backbone: Backbone, input_hw: Size) -> int:
-    return backbone.prefix + _grid(backbone, input_hw)
 
 
 def _embedding(backbone: Backbone, dim: int, *stem: int, patches: int = 0) -> Cost:
