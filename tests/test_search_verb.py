@@ -75,7 +75,7 @@ def one_thread():
 
 
 def call(root, out, *arguments):
-    words = [str(root / "run"), "--out", str(out), "--evaluations", "9", "--device", "cpu", *map(str, arguments)]
+    words = [str(root / "run"), "--out", str(out), "--evaluations", "7", "--device", "cpu", *map(str, arguments)]
     return entry(search.main, words)
 
 
@@ -92,14 +92,14 @@ def test_the_front_is_of_true_evaluations_within_the_limits(root, tmp_path, caps
     assert found == json.loads((out / "front.json").read_text())
     assert (out / "front.png").stat().st_size > 10_000
     records = [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
-    assert len(records) == found["evaluated"] == 9
-    assert len({record["subnets"][0]["name"] for record in records}) == 9
+    assert len(records) == found["evaluated"] == 7
+    assert len({record["subnets"][0]["name"] for record in records}) == 7
     reader = Reader(of_run(root / "run"))
     space, whole = SearchSpace.of(reader.recipe.model), spec_of(reader, "glyphs")
     first, second = (records[i]["subnets"][0]["name"] for i in (0, 1))
     assert (first, second) == (whole.name, whole.sliced(space.smallest).name)
     within = [r for r in records if r["costs"]["parameters"] <= 20e3 and r["costs"]["flops"] <= 3e5]
-    assert 0 < len(found["front"]) <= len(within) < 9
+    assert 0 < len(found["front"]) <= len(within) < 7
     front = {member["subnets"][0]["name"] for member in found["front"]}
     for record in within:
         mine, name = (
@@ -125,7 +125,7 @@ def test_a_search_goes_on_and_ends_as_it_would_have(root, tmp_path, capsys):
     arguments = ("--task", "digits", "--task", "glyphs", "--limit", "parameters=40e3")
     whole = found_by(capsys, root, tmp_path / "whole", *arguments)
     lines = (tmp_path / "whole" / "evaluations.jsonl").read_bytes().splitlines(keepends=True)
-    for kept, cut in ((1, 0), (5, 30)):
+    for kept, cut in ((1, 0), (4, 30)):
         out = tmp_path / f"killed-{kept}"
         out.mkdir()
         (out / "search.json").write_bytes((tmp_path / "whole" / "search.json").read_bytes())

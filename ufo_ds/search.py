@@ -40,6 +40,7 @@ from ufo_ds.model.spec import SubnetSpec
 from ufo_ds.progress import Progress
 from ufo_ds.recipe import Recipe, only
 from ufo_ds.subnets import search
+from ufo_ds.subnets.latency import Profile
 from ufo_ds.subnets.search_journal import Evaluated, Journal, Record
 from ufo_ds.subnets.search_report import report
 from ufo_ds.subnets.search_space import COSTS, ElasticSpace, check_limits
@@ -80,11 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("latency needs --profile: measure one with `ufo latency`")
     if options.evaluations < FEWEST:
         raise UserError(f"--evaluations {options.evaluations}: give {FEWEST} or more")
-    profiles = []
-    if options.profile:
-        from ufo_ds.subnets.latency import Profile
-
-        profiles = [Profile.load(path) for path in options.profile]
+    profiles = [Profile.load(path) for path in options.profile]
     reader = checkpoint.Reader(checkpoint.of_run(options.run))
     recipe = _evaluated(reader.recipe, options)
     tasks = [task.name for task in recipe.tasks]
@@ -165,7 +162,7 @@ def _evaluated(trained: Recipe, options: argparse.Namespace) -> Recipe:
     return dataclasses.replace(recipe, tasks=tasks)
 
 
-def _space(reader: checkpoint.Reader, tasks: list[str], run: Path, profiles: list[Any]) -> ElasticSpace:
+def _space(reader: checkpoint.Reader, tasks: list[str], run: Path, profiles: list[Profile]) -> ElasticSpace:
     """
     Raises:
         UserError: the model has no elastic sizes, or a profile is of another one.

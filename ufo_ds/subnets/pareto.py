@@ -15,7 +15,8 @@ from pymoo.operators.mutation.pm import PolynomialMutation
 from pymoo.optimize import minimize
 from scipy.stats import norm
 
-POPULATION = 100
+POPULATION = 64
+RETRIES = 3  # where children are there already, as mostly where there are few candidates
 
 
 def on_front(accuracy_N: np.ndarray, costs_NM: np.ndarray) -> np.ndarray:
@@ -113,5 +114,6 @@ def nsga2(
         pop_size=POPULATION, sampling=start_NG.astype(float), crossover=UniformCrossover(), mutation=mutation,
         repair=Whole(),
     )  # fmt: skip
+    algorithm.mating.n_max_iterations = RETRIES
     found = minimize(problem, algorithm, ("n_gen", generations), seed=seed)
     return np.empty((0, len(highest_G)), int) if found.X is None else np.atleast_2d(found.X).astype(int)

@@ -27,7 +27,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 PRIOR = 1.5  # standard deviation of the logarithm of every learned number
 JITTER = 1e-5
 ITERATIONS = 60  # of L-BFGS-B
-NODES = 9  # of a quadrature
+NODES = 32  # of a quadrature
 
 
 @dataclass(frozen=True)
