@@ -1,5 +1,6 @@
 """`ufo search` on a checkpoint: true evaluations, limits, going on after a kill, and all that it refuses."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -17,6 +18,7 @@ from ufo_ds.model.architecture import SearchSpace
 from ufo_ds.model.cost import joint_cost, subnet_cost
 from ufo_ds.model.loading import spec_of
 from ufo_ds.model.spec import SubnetSpec
+from ufo_ds.subnets.latency import WORK, Measurement, Profile, Target
 
 BACKBONE = {"dim": 24, "depth": 3, "heads": 3, "patch_size": 8, "mlp_ratio": 3}
 SIZES = {"depth": [1, 2, 3], "dim": [9, 16, 24], "heads": [1, 2, 3], "mlp_ratio": [1.0, 2.5, 3.0]}
@@ -228,3 +230,31 @@ def test_other_arguments_in_the_same_directory_are_refused(root, tmp_path, capsy
         assert f"--out {out} holds another search" in line
         assert message in line
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_latency_is_a_cost_where_there_is_a_profile(root, tmp_path, capsys):
+    """A device on which every block takes 2 ms and calling the model 1 ms; of another model it is refused."""
+    recipe = Reader(of_run(root / "run")).recipe
+    space = SearchSpace.of(recipe.model)
+    profile = Profile(
+        machine={}, versions={}, target=Target(), input=(16, 24), backbone=recipe.model.backbone, space=space,
+        measurements=[Measurement(architecture=space.largest, ms=7), Measurement(architecture=space.smallest, ms=3)],
+        coefficients=dict.fromkeys(WORK, 0.0) | {"call": 1.0, "blocks": 2.0}, error=0.0,
+    )  # fmt: skip
+    profile.save(tmp_path / "profile.json")
+    dataclasses.replace(profile, input=(16, 16)).save(tmp_path / "other.json")
+    arguments = ("--task", "glyphs", "--profile", tmp_path / "profile.json", "--limit", "latency=5.5")
+    found = found_by(capsys, root, tmp_path / "out", *arguments, "--costs", "latency,parameters")
+    for member in found["front"]:
+        spec = SubnetSpec.load(tmp_path / "out" / member["subnets"][0]["spec"])
+        assert member["costs"]["latency"] == 1 + 2 * spec.architecture.depth <= 5.5
+    both = ("--task", "digits", *arguments[:-1], "latency=5.9994")
+    for words, message in (
+        (both, "the smallest subnets together of digits and glyphs would need latency=6"),
+        (("--task", "glyphs", "--profile", tmp_path / "other.json"), "other.json is of a model with input (16, 16)"),
+        (("--task", "glyphs", "--profile", root / "run"), "is a directory"),
+    ):
+        assert call(root, tmp_path / "none", *words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message.lower() in line.lower()
+    assert not (tmp_path / "none").exists()

@@ -49,14 +49,14 @@ def draw(
         if len(names) == 1:  # of several costs the front is a surface
             axes.step(x, y, where="post", lw=1.2, color=_FRONT, zorder=3)
         axes.scatter(x, y, s=30, color=_FRONT, label="front, evaluated", zorder=4)
-        if name in limits:
+        if limits.get(name, np.inf) <= 1.2 * evaluated.costs[:, m].max():  # in sight
             axes.axvline(limits[name] / scale, color=_LIMIT, ls="--", lw=1, label="limit")
         axes.set_xlabel(text)
         axes.grid(alpha=0.25, lw=0.5)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     grid[0].set_ylabel(label)
-    low, high = min(evaluated.accuracy), max(evaluated.accuracy)
+    low, high = (end([*evaluated.accuracy, *front.accuracy]) for end in (min, max))
     room = 0.12 * (high - low) or 0.01
     grid[0].set_ylim(low - room, high + room)  # intervals may go far beyond
     entries = {label: handle for axes in grid for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}

@@ -28,6 +28,7 @@ PRIOR = 1.5  # standard deviation of the logarithm of every learned number
 JITTER = 1e-5
 ITERATIONS = 60  # of L-BFGS-B
 NODES = 32  # of a quadrature
+PART = 64  # architectures whose covariance is made at once
 
 
 @dataclass(frozen=True)
@@ -183,11 +184,16 @@ class Predictor:
         explained = torch.linalg.solve_triangular(self._cholesky_TNN, between_TMN.transpose(1, 2), upper=False)
         return mean_TM, scale * self.kernel(choices, choices) - explained.transpose(1, 2) @ explained
 
+    def _marginals(self, choices: Choices) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and variance ``[T, N]`` of :meth:`posterior`, without the covariance of all with all."""
+        found = [self.posterior(choices[start : start + PART]) for start in range(0, max(1, len(choices)), PART)]
+        variances = [covariance.diagonal(dim1=1, dim2=2).clamp_min(0) for _, covariance in found]
+        return torch.cat([mean for mean, _ in found], 1).numpy(), torch.cat(variances, 1).numpy()
+
     def _measured(self, choices: Choices) -> tuple[np.ndarray, np.ndarray]:
         """Mean and variance ``[T, N]`` of the normal scores that measurements would give."""
-        mean_TM, covariance = self.posterior(choices)
-        variance = covariance.diagonal(dim1=1, dim2=2).clamp_min(0) + self.noise_T.detach().exp()[:, None]
-        return mean_TM.numpy(), variance.numpy()
+        mean_TM, variance_TM = self._marginals(choices)
+        return mean_TM, variance_TM + self.noise_T.detach().exp().numpy()[:, None]
 
     def predict(self, choices: Choices, level: float = 0.9) -> Prediction:
         """Labels that measurements of these architectures would give, with an interval for each."""
@@ -213,8 +219,8 @@ class Predictor:
         """How much the label of each ``[N]`` would say of what it measures, over all tasks: their mutual information,
         in nats (Krause, Singh and Guestrin, 2008). The next one with the most of it makes a greedy choice of those that
         say most together, once it is fitted in."""
-        variance_TM = self.posterior(choices)[1].diagonal(dim1=1, dim2=2).clamp_min(0)
-        return 0.5 * torch.log1p(variance_TM / self.noise_T.detach().exp()[:, None]).sum(0).numpy()
+        noise_T = self.noise_T.detach().exp().numpy()
+        return 0.5 * np.log1p(self._marginals(choices)[1] / noise_T[:, None]).sum(0)
 
 
 def one_hot(choices: Choices) -> np.ndarray:
