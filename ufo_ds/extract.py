@@ -65,9 +65,9 @@ def main(argv: list[str] | None = None) -> None:
     pixels = None
     if options.statistics is not None:
         pixels = recalibration.training_pixels(reader.recipe, specs[0].task, options.statistics)
-    statistics = {
-        name: value for spec in specs for name, value in recalibration.statistics(reader, spec, pixels).items()
-    }
+    statistics: dict[str, Any] = {}
+    for spec in specs:
+        statistics |= recalibration.statistics(reader, spec, pixels, progress=True)
     result: dict[str, Any] = {"out": str(options.out), "step": reader.index.step}
     if is_one:
         result |= {"task": specs[0].task, "spec": specs[0].name}
