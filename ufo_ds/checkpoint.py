@@ -160,11 +160,16 @@ class Reader:
                 out[low - start : high - start] = self._slice(file, f"{name}|{kind}", low - first, high - first)
         return out
 
+    def elements(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements ``start .. stop`` of a flattened parameter, fp32, as the model is meant to be used: of its moving
+        average if the checkpoint has one."""
+        kinds = self.index.parameters[name].kinds
+        return self.read(name, AVERAGE if AVERAGE in kinds else "weight", start, stop)
+
     def parameter(self, name: str) -> Tensor:
-        """A whole parameter, fp32: its moving average if the checkpoint has one, as the model is meant to be used."""
-        found = self.index.parameters[name]
-        shape = torch.Size(found.shape)
-        return self.read(name, AVERAGE if AVERAGE in found.kinds else "weight", 0, shape.numel()).view(shape)
+        """A whole parameter."""
+        shape = torch.Size(self.index.parameters[name].shape)
+        return self.elements(name, 0, shape.numel()).view(shape)
 
     def buffer(self, name: str) -> Tensor:
         """The same of a buffer."""
