@@ -51,6 +51,7 @@ class Index:
     balance: dict[str, Any] = field(default_factory=dict)  # what rates of sampling so far and to come follow from
     guard: dict[str, Any] = field(default_factory=dict)  # what steps were like, and which were left out
     licences: dict[str, list[str]] = field(default_factory=dict)  # per task, of the images it was trained on
+    started_from: str = ""  # the checkpoint of another run, whose licences are then among these
     metrics: dict[str, float] = field(default_factory=dict)
     files: list[dict[str, Any]] = field(default_factory=list)  # name, bytes, sha256
     parameters: dict[str, Parameter] = field(default_factory=dict)

@@ -89,6 +89,8 @@ def test_a_whole_run_starts_goes_on_and_is_evaluated(recipe, first, tmp_path):
     routes = checkpoint.Reader(checkpoint.of_run(first)).index.routes
     last = run / "checkpoints" / checkpoint.name_of(4)
     reader, wanted = checkpoint.Reader(last), weights(run, 4)
+    assert reader.index.licences == {"colours": ["none"], "stripes": ["none"]}
+    assert Path(reader.index.started_from) == gone / "checkpoints" / checkpoint.name_of(step)
     assert reader.index.routes == routes
     assert not [name for name in reader.index.parameters if name.startswith("router")]
     resolved = recipe_file.load(str(run / "recipe.yaml"))
@@ -96,6 +98,7 @@ def test_a_whole_run_starts_goes_on_and_is_evaluated(recipe, first, tmp_path):
     shutil.rmtree(last)
     assert "going on from step 2" in train(1, recipe, run, *words)
     assert weights(run, 4) == wanted
+    assert checkpoint.Reader(last).index.started_from == reader.index.started_from
     assert entry(evaluate.main, [str(run), "--device", "cpu", "--json"]) == 0
 
 

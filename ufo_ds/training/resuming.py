@@ -29,6 +29,7 @@ from ufo_ds.parallel import config as configs
 from ufo_ds.parallel import ranks
 from ufo_ds.parallel.engine import Engine
 from ufo_ds.recipe import Checkpoint, Evaluation, Logging, Recipe, Schedule
+from ufo_ds.subnets.licences import Origin
 from ufo_ds.training.loop import Trainer
 from ufo_ds.training.run_differences import SEEN, differences
 
@@ -162,7 +163,7 @@ def _train(job: Job, optimizer: str, topology: Topology, start: Path | None, run
             parallel_checkpoint.begin(engine, begun)
         index = None if start is None else parallel_checkpoint.load(engine, start)
         step, balance = (0, {}) if index is None else (index.step, index.balance)
-        Trainer(engine, dict(sources), {}, None, run / "checkpoints", {}, balance).train(step)
+        Trainer(engine, dict(sources), {}, None, run / "checkpoints", {}, balance, Origin({})).train(step)
         everyone = ranks.from_all(engine.samples_seen)
         if engine.rank == 0:
             samples = sorted(sample for of_rank in everyone for sample in of_rank)

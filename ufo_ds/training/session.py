@@ -18,6 +18,7 @@ from ufo_ds.parallel.engine import Engine
 from ufo_ds.parallel.launch import finish_distributed, init_distributed, is_lost_rank, leave_on_sigterm
 from ufo_ds.parallel.placement import imbalance
 from ufo_ds.recipe import Recipe
+from ufo_ds.subnets.licences import origin
 from ufo_ds.training.loop import Trainer
 from ufo_ds.training.run_directory import RunDirectory, check_resume, check_writable
 from ufo_ds.training.split_table import split_table
@@ -60,7 +61,9 @@ def train(recipe: Recipe, config: DistributedConfig, run_dir: Path) -> dict[str,
             _announce(engine, sources, run_dir, start)
             if begun is not None:
                 print(f"from {recipe.model.init}: {begun.words}", flush=True)
-        trainer = Trainer(engine, sources, images, directory, run_dir / "checkpoints", metrics, balance)
+        licences = {name: source.licences for name, source in sources.items()}
+        came_from = origin(licences, loaded, None if begun is None else begun.checkpoint)
+        trainer = Trainer(engine, sources, images, directory, run_dir / "checkpoints", metrics, balance, came_from)
         metrics = trainer.train(start)
         if directory is not None:
             directory.close()
