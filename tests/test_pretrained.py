@@ -146,5 +146,5 @@ def test_a_backbone_that_is_no_stock_vit_starts_from_none(tmp_path, backbone, me
 
 
 def test_what_is_no_vit_checkpoint_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"^model.init [^\n]* is no ViT checkpoint: [^\n]*$"):
+    with pytest.raises(UserError, match=r"^model.init [^\n]* is neither a run nor a ViT: [^\n]*$"):
         start_of(make_recipe(init=str(tmp_path)))

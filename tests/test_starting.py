@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import shutil
 
 import pytest
@@ -104,7 +105,7 @@ def test_a_run_goes_on_without_what_it_started_from(tmp_path, model):
     shutil.rmtree(tmp_path / "first")
     assert opening(recipe, NUM_CLASSES, last) == (resolved, None)
     assert opening(resolved, NUM_CLASSES, last) == (resolved, None)
-    with pytest.raises(UserError, match=r"^model.init [^\n]* is no ViT checkpoint[^\n]*$"):
+    with pytest.raises(UserError, match=r"^model.init [^\n]* is neither a run nor a ViT[^\n]*$"):
         opening(recipe, NUM_CLASSES)
 
 
@@ -275,6 +276,33 @@ def test_a_margin_heads_neck_has_the_same_effect(tmp_path):
     assert relative(outputs_of(found, "glyphs", make_images()).embedding, wanted) < 1e-6
     scale = found.heads["glyphs"].neck.weight.tolist()
     assert scale == pytest.approx([-1] * 3 + [0] + [-1] * 4 + [1] * 8, abs=1e-6)
+
+
+@pytest.mark.parametrize("task", CLASSES)
+def test_any_elements_are_those_of_the_whole(tmp_path, task):
+    """Of everything that there is, heads and stems too: ranks read parts."""
+    recipe = make_recipe(backbone={"stem": [8, 12]})
+    recipe = with_tasks(recipe, digits={"head": dataclasses.replace(recipe.tasks[0].head, neck=True)})
+    reader = Reader(write_checkpoint(tmp_path / "checkpoints", make_model(recipe)))
+    extraction.extract(reader, spec_of(reader, task), tmp_path / task)
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, init=str(tmp_path / task)))
+    _, start = opening(recipe, NUM_CLASSES)
+    with torch.device("meta"):
+        model = Supernet(recipe, NUM_CLASSES)
+    draw, found = random.Random(0), set()
+    for name, parameter in model.named_parameters():
+        whole = start.values(name, parameter.shape, range(parameter.numel()))
+        for _ in range(5):
+            first, last = sorted(draw.sample(range(parameter.numel() + 1), 2))
+            part = start.values(name, parameter.shape, range(first, last))
+            assert (part is None) == (whole is None)
+            if whole is not None:
+                found.add(name)
+                torch.testing.assert_close(part, whole[first:last], rtol=1e-6, atol=1e-7)
+    drawn = {name for name, _ in model.named_parameters()} - found
+    others = {"digits": ["glyphs.classifier.weight", "glyphs.neck.weight"],
+              "glyphs": ["digits.classifier.weight", "digits.classifier.bias", "glyphs.classifier.weight"]}  # fmt: skip
+    assert drawn == {f"heads.{name}" for name in others[task]}
 
 
 def test_a_task_of_another_name_takes_the_backbone_alone(tmp_path, extracted, model):

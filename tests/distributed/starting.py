@@ -60,8 +60,9 @@ def begin(case: dict) -> dict:
         found = safe_get_full_fp32_param(parameter)
         if EMPTY not in name:
             compared += 1
-            found = found[: len(padded[name].rows)] if name in padded else found
-            wrong |= set() if torch.equal(found, reader.parameter(name)) else {name}
+            rows = padded[name].rows if name in padded else range(len(found))
+            wanted = reader.parameter(name)[rows.start : rows.stop]
+            wrong |= set() if torch.equal(found[: len(rows)], wanted) else {name}
     slices = [piece for piece in parameter_slices(engine) if piece.length and EMPTY not in piece.name]
     for piece in slices:
         average = piece.of(optimizer_state(engine, piece.flat)[AVERAGE])

@@ -32,8 +32,11 @@ def first(recipe, tmp_path_factory) -> Path:
     return run
 
 
-def case(recipe: Path, first: Path, ep: int, stage: int, tasks=("colours", "stripes"), bf16: bool = False) -> dict:
-    overrides = [("model.init", str(first))]
+def case(
+    recipe: Path, first: Path, ep: int, stage: int, tasks=("colours", "stripes"), bf16: bool = False,
+    more: tuple[tuple[str, str], ...] = (),
+) -> dict:  # fmt: skip
+    overrides = [("model.init", str(first)), *more]
     return {
         "recipe": str(recipe), "overrides": overrides, "tasks": list(tasks), "ep": ep, "stage": stage, "bf16": bf16,
     }  # fmt: skip
@@ -68,11 +71,13 @@ def test_on_one_process(recipe, first):
 
 
 def test_on_two_ranks(recipe, first):
-    """Each holds one task, and half of what is shared."""
-    experts, data = results(2, starting.begin, [case(recipe, first, 2, 3), case(recipe, first, 1, 3)])
+    """Each holds one task, and half of what is shared; or half of everything, a spread classifier too."""
+    spread = case(recipe, first, 1, 3, more=(("tasks.stripes.head.sharded", "true"),))
+    experts, *others = results(2, starting.begin, [case(recipe, first, 2, 3), case(recipe, first, 1, 3), spread])
     check(experts, first, [SHARED + OWN] * 2)
-    check(data, first, [SHARED + 2 * OWN] * 2)
-    assert sum(data["held"]) == sum(experts["held"])
+    for found in others:
+        check(found, first, [SHARED + 2 * OWN] * 2)
+        assert sum(found["held"]) == sum(experts["held"])
 
 
 def test_a_whole_run_starts_goes_on_and_is_evaluated(recipe, first, tmp_path):

@@ -188,7 +188,7 @@ def _open(source: str) -> tuple[ViTConfig, _Checkpoint]:
         ours = ViTConfig.get_config_dict(source)[0].get("model_type") == UfoViTConfig.model_type
         config = (UfoViTConfig if ours else ViTConfig).from_pretrained(source)
     except (OSError, ValueError, StrictDataclassError) as error:
-        raise UserError(f"model.init {source!r} is no ViT checkpoint: {str(error).splitlines()[0]}") from None
+        raise UserError(f"model.init {source!r} is neither a run nor a ViT: {str(error).splitlines()[0]}") from None
     try:
         try:
             files = [_file(source, SAFE_WEIGHTS_NAME)]
