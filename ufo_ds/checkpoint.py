@@ -51,6 +51,7 @@ class Index:
     balance: dict[str, Any] = field(default_factory=dict)  # what rates of sampling so far and to come follow from
     guard: dict[str, Any] = field(default_factory=dict)  # what steps were like, and which were left out
     licences: dict[str, list[str]] = field(default_factory=dict)  # per task, of the images it was trained on
+    started_from: str = ""  # the checkpoint of another run, whose licences are then among these
     metrics: dict[str, float] = field(default_factory=dict)
     specs: dict[str, Any] = field(default_factory=dict)  # per task, of its path where that is less than the whole
     files: list[dict[str, Any]] = field(default_factory=list)  # name, bytes, sha256
@@ -161,11 +162,16 @@ class Reader:
                 out[low - start : high - start] = self._slice(file, f"{name}|{kind}", low - first, high - first)
         return out
 
+    def elements(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements ``start .. stop`` of a flattened parameter, fp32, as the model is meant to be used: of its moving
+        average if the checkpoint has one."""
+        kinds = self.index.parameters[name].kinds
+        return self.read(name, AVERAGE if AVERAGE in kinds else "weight", start, stop)
+
     def parameter(self, name: str) -> Tensor:
-        """A whole parameter, fp32: its moving average if the checkpoint has one, as the model is meant to be used."""
-        found = self.index.parameters[name]
-        shape = torch.Size(found.shape)
-        return self.read(name, AVERAGE if AVERAGE in found.kinds else "weight", 0, shape.numel()).view(shape)
+        """A whole parameter."""
+        shape = torch.Size(self.index.parameters[name].shape)
+        return self.elements(name, 0, shape.numel()).view(shape)
 
     def buffer(self, name: str) -> Tensor:
         """The same of a buffer."""
