@@ -74,7 +74,7 @@ def test_a_step_of_several_subnets_costs_what_each_does(capsys):
     assert drawn["flops_per_step"] == pytest.approx(0.75 * whole["flops_per_step"], rel=5e-2)
     for before, after, one in zip(whole["ranks"], two["ranks"], drawn["ranks"], strict=True):
         kept = before["memory"]["activations"]
-        assert 1.9 * kept < after["memory"]["activations"] <= 2 * kept  # a bound; the heads' weights are there once
+        assert 1.85 * kept < after["memory"]["activations"] <= 2 * kept  # a bound; the heads' weights are there once
         assert one["memory"] == before["memory"]
 
 
