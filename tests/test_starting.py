@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.small_run import CLASSES, PATHS, make_images, make_model, make_recipe, outputs_of, relative, write_checkpoint
 from ufo_ds import plan, recipe_file
@@ -328,6 +328,17 @@ def test_another_head_than_the_models_is_refused(extracted):
     ]:  # fmt: skip
         with pytest.raises(UserError, match=rf"^model\.init [^\n]* {message}: make them equal$"):
             opening(wrong, NUM_CLASSES | {"digits": classes})
+
+
+def test_a_model_that_lacks_something_is_refused(tmp_path, extracted):
+    copied = shutil.copytree(extracted / "glyphs", tmp_path / "glyphs")
+    state = load_file(copied / "model.safetensors")
+    save_file({name: x for name, x in state.items() if name != "pooler.dense.bias"}, copied / "model.safetensors")
+    with pytest.raises(UserError, match=r"^model\.init [^\n]* has no elements of pooler\.dense\.bias, [^\n]* 16$"):
+        opening(make_recipe(init=str(copied), input=[24, 16]), NUM_CLASSES)
+    recipe = make_recipe(init=str(extracted / "glyphs"), input=[24, 16], backbone={"layer_norm_eps": 1e-5})
+    with pytest.raises(UserError, match=r"^model\.init [^\n]* has layer_norm_eps 1e-06, model\.backbone 1e-05: make"):
+        opening(recipe, NUM_CLASSES)
 
 
 @pytest.mark.parametrize(
