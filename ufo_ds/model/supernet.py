@@ -17,17 +17,17 @@ from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.errors import UserError
 from ufo_ds.model import classifiers
 from ufo_ds.model.architecture import Architecture, SearchSpace
+from ufo_ds.model.block import Block
 from ufo_ds.model.elastic import narrow
 from ufo_ds.model.experts import LEARNED, OWN, SHARED, RoutedUnit
 from ufo_ds.model.heads import BatchNormNeck, Outputs, TaskHead, TaskHeads
 from ufo_ds.model.initialization import Pretrained, fill, start_values
-from ufo_ds.model.layers import FFN, Attention, Embedding, Norm
+from ufo_ds.model.layers import Embedding, Norm
 from ufo_ds.model.packing import Part, Segment, concatenate, join, overlap, patchify, split
 from ufo_ds.model.recomputation import recomputed
 from ufo_ds.model.router import Choices, Place, Router
 from ufo_ds.model.spec import UNITS, SubnetSpec, routes_of
 from ufo_ds.recipe import Recipe
-from ufo_ds.recipe_model import Backbone
 from ufo_ds.recipe_task import Size
 from ufo_ds.seeding import torch_generator
 
@@ -46,47 +46,6 @@ class Features:
         segment = self.segments[index]
         x_BLD = split(self.tokens_ND, self.segments)[index].unflatten(0, (segment.images, segment.tokens))
         return x_BLD[:, segment.prefix :].unflatten(1, segment.grid_hw).permute(0, 3, 1, 2)
-
-
-Build = Callable[[str, int, Callable[[str | None], nn.Module]], RoutedUnit]  # (unit, layer, make)
-
-
-class Block(nn.Module):
-    """One transformer block; both norms share the route of the unit ``norm``."""
-
-    def __init__(self, build: Build, layer: int, backbone: Backbone):
-        super().__init__()
-        dim, eps = backbone.dim, backbone.layer_norm_eps
-        self.layer = layer
-        self.norm1 = build("norm", layer, lambda _: Norm(dim, eps=eps))
-        self.attn = build("attn", layer, lambda _: Attention(dim, backbone.heads_L[layer], backbone.head_width, layer))
-        self.norm2 = build("norm", layer, lambda _: Norm(dim, eps=eps))
-        self.ffn = build("ffn", layer, lambda _: FFN(dim, backbone.hidden_L[layer], layer))
-
-    def forward(
-        self, x_ND: Tensor, segments: Sequence[Segment], choices: Choices, drop_path_N2: Tensor | None
-    ) -> Tensor:
-        """Rows of subnets that leave this block out stay as they are."""
-        here = [i for i, s in enumerate(segments) if s.architecture is None or s.architecture.depth > self.layer]
-        if len(here) == len(segments):
-            return self._all(x_ND, segments, choices, drop_path_N2)
-        rows = split(x_ND, segments)
-        if drop_path_N2 is not None:
-            factors = split(drop_path_N2, segments)
-            drop_path_N2 = concatenate([factors[i] for i in here], drop_path_N2)
-        kept = [segments[i] for i in here]
-        y_ND = self._all(concatenate([rows[i] for i in here], x_ND), kept, choices, drop_path_N2)
-        pieces = {**dict(enumerate(rows)), **dict(zip(here, split(y_ND, kept) if kept else [], strict=True))}
-        return concatenate([*pieces.values()] + ([] if kept else [y_ND]), x_ND)  # in the graph without rows too
-
-    def _all(self, x_ND: Tensor, segments: Sequence[Segment], choices: Choices, drop_path_N2: Tensor | None) -> Tensor:
-        i = self.layer
-        y_ND = self.norm1(x_ND, segments, choices.get(("norm", i)))
-        y_ND = self.attn(y_ND, segments, choices.get(("attn", i)))
-        x_ND = x_ND + (y_ND if drop_path_N2 is None else y_ND * drop_path_N2[:, :1].to(y_ND.dtype))
-        y_ND = self.norm2(x_ND, segments, choices.get(("norm", i)))
-        y_ND = self.ffn(y_ND, segments, choices.get(("ffn", i)))
-        return x_ND + (y_ND if drop_path_N2 is None else y_ND * drop_path_N2[:, 1:].to(y_ND.dtype))
 
 
 class Supernet(nn.Module):
