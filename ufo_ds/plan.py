@@ -18,6 +18,7 @@ from ufo_ds import recipe_file
 from ufo_ds.data import demo_shards
 from ufo_ds.data.source import open_sources
 from ufo_ds.errors import UserError
+from ufo_ds.model.architecture import Architecture
 from ufo_ds.model.cost import head_cost, path_cost
 from ufo_ds.model.starting import opening, starts_from_run
 from ufo_ds.parallel import config as configs
@@ -100,7 +101,7 @@ def _figures(
     backbone, counts = recipe.model.backbone, planner.models.whole
     tasks = {}
     for task in recipe.tasks:
-        path = path_cost(backbone, task.input)
+        path = path_cost(backbone, Architecture.of(backbone), task.input)
         head = head_cost(task, backbone.dim, num_classes[task.name])
         tasks[task.name] = {
             "own_parameters": counts.get(f"own {task.name}", 0),

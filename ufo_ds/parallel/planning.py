@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ufo_ds.errors import UserError
+from ufo_ds.model.architecture import Architecture
 from ufo_ds.model.cost import block_cost, head_cost, path_cost
 from ufo_ds.model.spec import UNITS, routes_of
 from ufo_ds.parallel import config as configs
@@ -100,12 +101,14 @@ class Planner:
         self.gpu, self.gpus_per_node = gpu, gpus_per_node
         self.values = on_gpus(values)
         self.models = RankModels(recipe, num_classes)
-        backbone, again = recipe.model.backbone, len(recipe.model.recomputed_blocks)
+        backbone = recipe.model.backbone
+        whole = Architecture.of(backbone)
         self.flops = {}  # of an image in a step
         for task in recipe.tasks:
             head = head_cost(task, backbone.dim, num_classes[task.name])
-            once = (path_cost(backbone, task.input) + head).flops
-            self.flops[task.name] = (1 + BACKWARD) * once + again * block_cost(backbone, task.input).flops
+            once = (path_cost(backbone, whole, task.input) + head).flops
+            again = sum(block_cost(backbone, whole, i, task.input).flops for i in recipe.model.recomputed_blocks)
+            self.flops[task.name] = (1 + BACKWARD) * once + again
 
     def plan(self, world_size: int) -> Plan:
         """

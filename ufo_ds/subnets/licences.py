@@ -64,9 +64,17 @@ def behind(index: Index, recipe: Recipe, spec: SubnetSpec) -> dict[str, list[str
     own one that started as the shared one was (``model.branch_at``).
     """
     takes_shared = any("shared" in layers for layers in spec.routes.values())
-    everyone = dict.fromkeys([*(task.name for task in recipe.tasks), *index.licences])  # some only before this run
-    tasks = list(everyone) if takes_shared or recipe.model.branch_at else [spec.task]
-    return {task: index.licences.get(task) or [UNKNOWN] for task in tasks}
+    tasks = trained(index, recipe) if takes_shared or recipe.model.branch_at else [spec.task]
+    return {task: of_task(index, task) for task in tasks}
+
+
+def trained(index: Index, recipe: Recipe) -> list[str]:
+    """All tasks that a checkpoint was trained on; some may not be in it any more."""
+    return list(dict.fromkeys([*(task.name for task in recipe.tasks), *index.licences]))
+
+
+def of_task(index: Index, task: str) -> list[str]:
+    return index.licences.get(task) or [UNKNOWN]
 
 
 def permits_commercial_use(licence: str) -> bool:
