@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ufo_ds.model.experts import Choice, RoutedUnit
 from ufo_ds.model.layers import FFN, Attention, Embedding, Norm
-from ufo_ds.model.packing import Segment, buckets, concatenate, join, overlap, patchify, split, unpatchify
+from ufo_ds.model.packing import Segment, alike, concatenate, join, overlap, patchify, split, unpatchify
 
 
 def relative(found, wanted):
@@ -53,12 +53,13 @@ def test_patches_are_put_together_to_the_images_they_were_cut_from(count, prefix
     assert torch.equal(unpatchify(patchify(images, 3, prefix), segment, 3), images)
 
 
-def test_buckets_are_runs_of_images_of_equal_length():
+def test_runs_are_those_of_images_of_equal_length():
     draw = random.Random(0)
     for _ in range(300):
         segments = random_segments(draw, tasks=5, dim_hw=2)
         lengths = [s.tokens for s in segments for _ in range(s.images)]  # of every image
-        assert list(buckets(segments)) == [(len(list(run)), length) for length, run in itertools.groupby(lengths)]
+        found = [(s.images, s.tokens) for s in alike(segments, key=lambda segment: segment.tokens)]
+        assert found == [(len(list(run)), length) for length, run in itertools.groupby(lengths)]
 
 
 def test_split_gives_each_segment_its_rows():
@@ -94,8 +95,8 @@ def test_overlap_is_what_two_ranges_have_in_common():
 
 GRIDS = {None: (2, 2), "a": (1, 2)}  # of the shared copy, of a's; the others' are 2 x 3
 UNITS = {  # how a copy is made, the width of its rows
-    "ffn": (lambda _: FFN(8, 12), 8),
-    "attn": (lambda _: Attention(8, 2, 4), 8),
+    "ffn": (lambda _: FFN(8, 12, 0), 8),
+    "attn": (lambda _: Attention(8, 2, 4, 0), 8),
     "norm": (lambda _: Norm(8), 8),
     "embed": (lambda task: Embedding(2, 8, GRIDS.get(task, (2, 3))), 12),
     "stem": (lambda task: Embedding(4, 8, GRIDS.get(task, (2, 3)), stem=[16]), 48),

@@ -6,7 +6,7 @@ from itertools import groupby
 import torch
 
 from ufo_ds.model.layers import Embedding
-from ufo_ds.model.packing import Segment, same_grid, unpatchify
+from ufo_ds.model.packing import Segment, alike, unpatchify
 
 
 def test_no_images_have_no_patches():
@@ -21,16 +21,11 @@ def test_runs_of_one_grid_are_one_segment():
         for task in "abcdef"[: draw.randint(0, 6)]:
             h, w = draw.choice([(1, 2), (2, 1), (2, 2)])
             segments.append(Segment(task, draw.randint(0, 3), 1 + h * w, (h, w)))
-        found = [(s.images, s.tokens, s.grid_hw) for s in same_grid(segments)]
+        found = [(s.images, s.tokens, s.grid_hw) for s in alike(segments, key=lambda segment: segment.grid_hw)]
         wanted = []
         for grid_hw, run in groupby([s.grid_hw for s in segments for _ in range(s.images)]):
             wanted.append((len(list(run)), 1 + grid_hw[0] * grid_hw[1], grid_hw))
-        nonempty = [run for run in found if run[0]]
-        merged = [
-            (sum(n for n, *_ in run), tokens, grid_hw)
-            for (tokens, grid_hw), run in groupby(nonempty, key=lambda run: run[1:])
-        ]
-        assert merged == wanted
+        assert found == wanted
 
 
 def test_embedding_of_many_tasks_equals_that_of_each_alone():

@@ -59,6 +59,28 @@ def binary_cross_entropy(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits_BC, targets_BC.to(logits_BC.dtype), reduction="none").mean(1)
 
 
+def divergence(logits_BC: Tensor, teacher_BC: Tensor, spread: Spread | None = None) -> Tensor:
+    """Kullback-Leibler divergence of the softmax of a teacher's logits from that of a student's (Hinton et al., 2015);
+    no gradient goes to the teacher.
+
+    Returns ``[B]``.
+    """
+    logits_BC, teacher_BC = _precise(logits_BC), _precise(teacher_BC.detach())
+    if spread is None:
+        return F.kl_div(logits_BC.log_softmax(1), teacher_BC.log_softmax(1), reduction="none", log_target=True).sum(1)
+    teacher_B = _LogSumExp.apply(teacher_BC, spread)
+    expected_B = spread.all_reduce(((teacher_BC - teacher_B[:, None]).exp() * (teacher_BC - logits_BC)).sum(1))
+    return expected_B - teacher_B + _LogSumExp.apply(logits_BC, spread)
+
+
+def binary_divergence(logits_BC: Tensor, teacher_BC: Tensor) -> Tensor:
+    """The same of each attribute by itself, averaged over attributes. Returns ``[B]``."""
+    logits_BC, teacher_BC = _precise(logits_BC), _precise(teacher_BC.detach())
+    targets_BC = teacher_BC.sigmoid()
+    cross_BC = F.binary_cross_entropy_with_logits(logits_BC, targets_BC, reduction="none")
+    return (cross_BC - F.binary_cross_entropy_with_logits(teacher_BC, targets_BC, reduction="none")).mean(1)
+
+
 class _LogSumExp(torch.autograd.Function):
     """Over spread columns. All it keeps for the gradient is the softmax of the columns that are here."""
 

@@ -13,6 +13,7 @@ BOUND = 1e-5  # max |difference| / max |reference|, fp32
 
 STEM = {"stem": [4, 4, 8], "pool": "mean"}
 EVERYTHING = ("embed", "norm", "attn", "ffn")
+ELASTIC = {"depth": [1, 2], "dim": [10, 16], "heads": [1, 2], "mlp_ratio": [1, 4], "distillation": 0.5}
 # As in a model of billions of parameters: what is whole is a part of it, and gradients fill many buckets. Only where
 # ranks have parameters of the same sizes.
 LARGE = {"stage3_prefetch_bucket_size": 1000, "stage3_max_live_parameters": 6000, "stage3_max_reuse_distance": 12000,
@@ -23,7 +24,7 @@ def case(
     ep, stage, exchange="aligned", routes="learned", tasks=4, optimizer="sgd", clipping=0.5, accumulation=2, last=2,
     experts=EVERYTHING, probe=1.0, shared_samples=0.0, sharded=(), sampled=(), backbone=None,
     batches="heterogeneous", mixing=False, multi_label=False, one_input=False, zero=None,
-    recompute="none", drop_path=0.3,
+    recompute="none", drop_path=0.3, elastic=None,
 ):  # fmt: skip
     return {
         "ep": ep, "stage": stage, "exchange": exchange, "routes": routes, "tasks": tasks, "optimizer": optimizer,
@@ -33,7 +34,7 @@ def case(
         "backbone": backbone or {},
         "batches": batches, "mixing": mixing, "multi_label": multi_label,
         "one_input": one_input, "zero": zero or {},
-        "recompute": recompute, "drop_path": drop_path,
+        "recompute": recompute, "drop_path": drop_path, "elastic": elastic,
     }  # fmt: skip
 
 
@@ -78,6 +79,11 @@ def test_two_ranks():
         case(1, 3, recompute=2, routes="frozen", last=1),
         case(2, 1, recompute="full", last=1),
         case(2, 3, "layer", recompute="full", routes="frozen", last=1, accumulation=1),
+        case(2, 3, elastic=ELASTIC),
+        case(2, 3, "layer", "frozen", last=1, mixing=True, elastic={**ELASTIC, "random": 2}),
+        case(1, 2, "aligned", "frozen", backbone=STEM, elastic={**ELASTIC, "stem": [0.5, 1]}, shared_samples=0.2),
+        case(2, 1, "input", "frozen", elastic={**ELASTIC, "sampling": "random"}),
+        case(2, 3, "layer", "frozen", recompute="full", elastic={**ELASTIC, "sampling": "random"}, last=1),
     ]
     check(2, cases)
 

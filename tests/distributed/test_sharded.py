@@ -3,7 +3,7 @@
 import json
 
 from tests.distributed import holders
-from tests.distributed.test_equality import BOUND, case, check
+from tests.distributed.test_equality import BOUND, ELASTIC, case, check
 from tests.ranks import run
 
 
@@ -22,7 +22,17 @@ def test_two_ranks():
 def test_four_ranks():
     # With EP 2 the heads in the same slot of the other expert-parallel rank are spread too, also an empty one's.
     cases = [
-        case(2, 3, "layer", "frozen", experts=["ffn"], sharded=["a"], sampled=["a", "b"], last=1),
+        case(
+            2,
+            3,
+            "layer",
+            "frozen",
+            experts=["ffn"],
+            sharded=["a"],
+            sampled=["a", "b"],
+            last=1,
+            elastic={**ELASTIC, "dim": [16]},
+        ),
         case(2, 2, "input", "frozen", experts=["ffn"], sharded=["c"], accumulation=1, tasks=3, mixing=True),
         case(1, 1, routes="frozen", experts=[], sharded=["a", "b"], accumulation=1, optimizer="adamw", tasks=3),
     ]

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ufo_ds.model.elastic import narrow
+
 
 class HolderGroup:
     """The processes that hold the samples of a task: here this one alone.
@@ -98,7 +100,8 @@ class Classifier(Padded):
         self.weight = nn.Parameter(self.weight.new_empty(rows, self.dim))
 
     def logits(self, x_BD: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Logits ``[B, C]`` of the classes that are here, or of the ``chosen`` ones (positions among ``rows``)."""
+        """Logits ``[B, C]`` of the classes that are here, or of the ``chosen`` ones (positions among ``rows``). Of a
+        narrower feature the leading columns of the weight count."""
         raise NotImplementedError
 
     def _here(self, tensor: Tensor, chosen: Tensor | None) -> Tensor:
@@ -120,7 +123,7 @@ class CosineClassifier(Classifier):
     """Cosine between a feature and each class's weight."""
 
     def logits(self, x_BD: Tensor, chosen: Tensor | None = None) -> Tensor:
-        weight_CD = self._here(self.weight, chosen).float()
+        weight_CD = narrow(self._here(self.weight, chosen), x_BD.shape[1]).float()
         return _precise_linear(F.normalize(x_BD.float()), F.normalize(weight_CD))
 
 
@@ -134,7 +137,8 @@ class LinearClassifier(Classifier):
 
     def logits(self, x_BD: Tensor, chosen: Tensor | None = None) -> Tensor:
         bias_C = self._here(self.bias[self.rows.start :], chosen).float()
-        return _precise_linear(x_BD.float(), self._here(self.weight, chosen).float(), bias_C)
+        weight_CD = narrow(self._here(self.weight, chosen), x_BD.shape[1]).float()
+        return _precise_linear(x_BD.float(), weight_CD, bias_C)
 
 
 def _precise_linear(x_BD: Tensor, weight_CD: Tensor, bias_C: Tensor | None = None) -> Tensor:

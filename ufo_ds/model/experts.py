@@ -1,6 +1,7 @@
 """Shared and own copies of a unit, and the way of each task's rows through them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -24,13 +25,17 @@ class TaskExperts(nn.ModuleDict):
     """One unit per task. ``parallel.experts`` replaces it by the layer that holds only this rank's tasks."""
 
     def forward(self, x_ND: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """Each task's rows through its own unit, which sees one slice; at most one segment per task."""
+        """Each task's rows through its own unit, which sees one slice; a task's segments are neighbours."""
         if not segments:
             return next(iter(self.values()))(x_ND, [])  # no rows, of the right width
-        rows = split(x_ND, segments)
-        return concatenate(
-            [self[segment.task](x, [segment]) for x, segment in zip(rows, segments, strict=True)], like=x_ND
-        )
+        return concatenate([self[task](x, of_task) for task, x, of_task in by_task(x_ND, segments)], like=x_ND)
+
+
+def by_task(x_ND: Tensor, segments: Sequence[Segment]) -> list[tuple[str, Tensor, list[Segment]]]:
+    """Each task, its rows and its segments, which are neighbours."""
+    runs = [(task, list(run)) for task, run in groupby(segments, key=lambda segment: segment.task)]
+    rows = x_ND.split([sum(segment.rows for segment in run) for _, run in runs]) if runs else []
+    return [(task, x, run) for (task, run), x in zip(runs, rows, strict=True)]
 
 
 class RoutedUnit(nn.Module):
@@ -61,7 +66,7 @@ class RoutedUnit(nn.Module):
         kinds = set(self.routes.values())
         if self.own is None or kinds == {SHARED}:
             return self.shared(x_ND, join(segments))
-        if kinds == {OWN} and not (self.training and self.shared_samples):
+        if kinds == {OWN} and not (self.training and self.shared_samples) and not any(s.subnet for s in segments):
             return self.own(x_ND, join(segments))
         choices = choices or {}
         rows, goes_own = split(x_ND, segments), [self._goes_own(segment, choices) for segment in segments]
@@ -77,6 +82,12 @@ class RoutedUnit(nn.Module):
                 outputs[i] = _RouteGradient.apply(outputs[i], own_minus_shared_ND, choice.weights_2, choice.scale)
         return concatenate([*outputs.values(), *idle], x_ND)
 
+    def _called(self) -> list[tuple[nn.Module, bool]]:
+        """The copies that routes of any task use, and whether they are the own ones."""
+        assert self.own is not None
+        only_own = set(self.routes.values()) == {OWN} and not (self.training and self.shared_samples)
+        return [(self.own, True)] if only_own else [(self.shared, False), (self.own, True)]
+
     def _goes_own(self, segment: Segment, choices: Mapping[str, Choice]) -> bool:
         if segment.part == "shared":
             return False
@@ -91,12 +102,14 @@ class RoutedUnit(nn.Module):
         chosen: Sequence[int],
         like: Tensor,
     ) -> tuple[dict[int, Tensor], list[Tensor]]:
-        """One call of each copy over those of the ``chosen`` segments that go there: their outputs, by their place and
-        in its order, and those of calls without rows."""
+        """One call of each copy that the routes use over those of the ``chosen`` segments that go there: their outputs,
+        by their place and in its order, and those of calls without rows."""
         outputs, idle = dict.fromkeys(chosen, like), []
-        for unit, own in ((self.shared, False), (self.own, True)):
+        tasks = list(dict.fromkeys(segment.task for segment in segments))
+        for unit, own in self._called():
             picked = [i for i in chosen if goes_own[i] == own]
-            assert unit is not None
+            if own:  # of several subnets those of a task come together, in a stable order
+                picked.sort(key=lambda i: tasks.index(segments[i].task))
             y_ND = unit(concatenate([rows[i] for i in picked], like), join(segments[i] for i in picked))
             if picked:
                 outputs |= zip(picked, split(y_ND, [segments[i] for i in picked]), strict=True)

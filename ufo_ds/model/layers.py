@@ -1,6 +1,7 @@
 """The replaceable units of a block: each maps packed rows to packed rows, ``unit(x_ND, segments) -> y_ND``.
 
-Any unit may be given no rows: it then returns none, and its parameters still get a (zero) gradient.
+Any unit may be given no rows: it then returns none, and its parameters still get a (zero) gradient. Rows of a segment
+with an ``architecture`` go through the leading slices that it keeps; behind its ``dim`` columns they are zero.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ufo_ds.model.packing import Segment, buckets, concatenate, patchify, same_grid, split, unpatchify
+from ufo_ds.model.elastic import Conv2d, GroupNorm, LayerNorm, Linear, QKVLinear, Run, narrow, same_sizes, widen
+from ufo_ds.model.packing import Segment, alike, concatenate, patchify, split, unpatchify
 from ufo_ds.recipe_model import stem_stride
 
 
@@ -38,25 +40,38 @@ class Embedding(nn.Module):
         self.grid_hw = grid_hw
         self.stem = Stem(patch_size, stem, grids) if stem else None
         channels, side = (stem[-1], patch_size // stem_stride(stem)) if stem else (3, patch_size)
-        self.patch = nn.Linear(channels * side**2, dim)
+        self.patch = Linear(channels * side**2, dim)
         self.cls = nn.Parameter(torch.empty(prefix, dim)) if prefix else None
         self.position = nn.Parameter(torch.empty(prefix + grid_hw[0] * grid_hw[1], dim))
 
     def forward(self, x_NP: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """``x_NP``: pixels of patches, as :func:`patchify` cuts them."""
+        """``x_NP``: pixels of patches, as :func:`patchify` cuts them. Returns ``[N, dim]``, whatever the subnets."""
         if self.stem is not None:
             x_NP = self.stem(x_NP, segments)
-        patch_ND = self.patch(x_NP)
-        if not segments:
+        dim = self.patch.out_features
+        columns = same_sizes(segments, self._columns, like=(x_NP.shape[1], dim))
+        patch_ND = self.patch(x_NP, [Run(rows, *of_run) for rows, of_run in columns])
+        runs = alike(segments, key=lambda segment: (segment.grid_hw, self._columns(segment)[1]))
+        if not runs:
             return patch_ND + self.position[:1] + (0 if self.cls is None else self.cls)
-        pieces, runs = [], same_grid(segments)
+        pieces = []
         for x_ND, run in zip(split(patch_ND, runs), runs, strict=True):
-            x_BLD = x_ND.unflatten(0, (run.images, run.tokens))
+            width = self._columns(run)[1]
+            x_BLD = narrow(x_ND, width).unflatten(0, (run.images, run.tokens))
             if self.cls is not None:
-                x_BLD = torch.cat([self.cls.expand(run.images, 1, -1), x_BLD[:, 1:]], dim=1)
-            x_BLD = x_BLD + resize_position(self.position, self.grid_hw, run.grid_hw)
-            pieces.append(x_BLD.flatten(0, 1))
+                x_BLD = torch.cat([narrow(self.cls, width).expand(run.images, 1, -1), x_BLD[:, 1:]], dim=1)
+            x_BLD = x_BLD + resize_position(narrow(self.position, width), self.grid_hw, run.grid_hw)
+            pieces.append(widen(x_BLD.flatten(0, 1), dim))
         return concatenate(pieces, patch_ND)
+
+    def _columns(self, segment: Segment) -> tuple[int, int]:
+        """Of what the projection reads and makes for a segment."""
+        read, made = self.patch.in_features, self.patch.out_features
+        if segment.architecture is None:
+            return read, made
+        if self.stem is not None:
+            read = read // self.stem.channels[-1] * segment.architecture.stem[-1]
+        return read, segment.architecture.dim
 
 
 class Stem(nn.Sequential):
@@ -68,7 +83,7 @@ class Stem(nn.Sequential):
 
     def __init__(self, patch_size: int, channels: Sequence[int], grids: Sequence[tuple[int, int]]):
         super().__init__(*(StemLayer(a, b) for a, b in pairwise([3, *channels])))
-        self.patch_size, self.grids = patch_size, grids
+        self.patch_size, self.channels, self.grids = patch_size, channels, grids
         self.rest = patch_size // stem_stride(channels)
 
     def forward(self, x_NP: Tensor, segments: Sequence[Segment]) -> Tensor:  # type: ignore[override]
@@ -79,13 +94,23 @@ class Stem(nn.Sequential):
             indices = [i for i, segment in enumerate(segments) if segment.grid_hw == (h, w)]
             nothing = x_NP.new_zeros(0, 3, h * self.patch_size, w * self.patch_size)
             images = concatenate([unpatchify(rows[i], segments[i], self.patch_size) for i in indices], nothing)
-            y_NP = patchify(super().forward(images), self.rest, prefix)
+            y_BCHW = self._layers(images, [segments[i].per_image() for i in indices])
+            y_NP = patchify(widen(y_BCHW, self.channels[-1]), self.rest, prefix)
             if not indices:
                 idle.append(y_NP)
                 continue
             for i, piece in zip(indices, y_NP.split([segments[i].rows for i in indices]), strict=True):
                 pieces[i] = piece
         return concatenate(pieces + idle, x_NP)
+
+    def _layers(self, x_BCHW: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """``segments`` have one row per image."""
+        stems = same_sizes(
+            segments, lambda s: s.architecture.stem if s.architecture else tuple(self.channels), tuple(self.channels)
+        )
+        for i, layer in enumerate(self):
+            x_BCHW = layer(x_BCHW, [Run(images, ([3, *stem])[i], stem[i]) for images, stem in stems])
+        return x_BCHW
 
 
 class StemLayer(nn.Module):
@@ -98,12 +123,14 @@ class StemLayer(nn.Module):
     def __init__(self, channels_in: int, channels: int):
         super().__init__()
         self.residual = channels_in == channels
-        self.conv = nn.Conv2d(channels_in, channels, 3, stride=1 if self.residual else 2, padding=1, bias=False)
-        groups = channels // 16 if channels % 16 == 0 else 1  # 16 channels each, as Wu and He (2018) advise
-        self.norm = nn.GroupNorm(groups, channels)
+        self.conv = Conv2d(channels_in, channels, 3, stride=1 if self.residual else 2, padding=1, bias=False)
+        self.norm = GroupNorm(channels)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        y_BCHW = F.relu(self.norm(self.conv(x_BCHW)))
+    def forward(self, x_BCHW: Tensor, runs: Sequence[Run] | None = None) -> Tensor:
+        """``runs`` of images; default: one of all channels."""
+        runs = runs or [Run(len(x_BCHW), self.conv.in_channels, self.conv.out_channels)]
+        y_BCHW = self.conv(x_BCHW, runs)
+        y_BCHW = F.relu(self.norm(y_BCHW, [Run(run.rows, run.width, run.width) for run in runs]))
         return x_BCHW + y_BCHW if self.residual else y_BCHW
 
 
@@ -117,29 +144,43 @@ def resize_position(position_LD: Tensor, grid_hw: tuple[int, int], to_hw: tuple[
     return torch.cat([position_LD[:prefix], grid_1Dhw[0].flatten(1).T.to(position_LD.dtype)])
 
 
-class Norm(nn.LayerNorm):
+class Norm(LayerNorm):
     def forward(self, x_ND: Tensor, segments: Sequence[Segment]) -> Tensor:  # type: ignore[override]
-        return super().forward(x_ND)
+        dim = x_ND.shape[1]
+        widths = same_sizes(segments, lambda s: s.architecture.dim if s.architecture else dim, dim)
+        return widen(super().forward(x_ND, [Run(rows, width, width) for rows, width in widths]), dim)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention inside each image; one kernel call per run of images of equal length."""
 
-    def __init__(self, dim: int, heads: int, head_width: int):
+    def __init__(self, dim: int, heads: int, head_width: int, layer: int):
+        """``layer``: which block's it is, by which a subnet says how many heads it keeps."""
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * heads * head_width)
-        self.proj = nn.Linear(heads * head_width, dim)
+        self.heads, self.head_width, self.layer = heads, head_width, layer
+        self.qkv = QKVLinear(dim, 3 * heads * head_width)
+        self.proj = Linear(heads * head_width, dim)
 
     def forward(self, x_ND: Tensor, segments: Sequence[Segment]) -> Tensor:
-        qkv = self.qkv(x_ND)
-        outputs, runs = [], list(buckets(segments))
-        for x, (images, tokens) in zip(qkv.split([i * t for i, t in runs]) if runs else [], runs, strict=True):
-            q, k, v = x.view(images, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-            y = attend(q, k, v)
-            outputs.append(y.transpose(1, 2).reshape(images * tokens, -1))
+        dim = x_ND.shape[1]
+
+        def sizes(segment: Segment) -> tuple[int, int]:
+            kept = segment.architecture
+            return (dim, self.heads) if kept is None else (kept.dim, kept.heads[self.layer])
+
+        runs = [
+            (rows, d, heads * self.head_width) for rows, (d, heads) in same_sizes(segments, sizes, (dim, self.heads))
+        ]
+        qkv = self.qkv(x_ND, [Run(rows, d, 3 * width) for rows, d, width in runs])
+        outputs, images = [], alike(segments, key=lambda segment: (segment.tokens, sizes(segment)[1]))
+        for x, run in zip(split(qkv, images) if images else [], images, strict=True):
+            heads = sizes(run)[1]
+            x_BLQHC = narrow(x, 3 * heads * self.head_width).unflatten(1, (3, heads, -1)).unflatten(0, (run.images, -1))
+            y_BHLC = attend(*x_BLQHC.permute(2, 0, 3, 1, 4))
+            outputs.append(y_BHLC.transpose(1, 2).reshape(run.rows, -1))
         # Without rows the values stand in, which keeps both projections in the graph.
-        return self.proj(concatenate(outputs, qkv) if outputs else qkv.chunk(3, dim=-1)[2])
+        y = concatenate([widen(y, qkv.shape[1] // 3) for y in outputs], qkv) if outputs else qkv.chunk(3, dim=-1)[2]
+        return widen(self.proj(y, [Run(rows, width, d) for rows, d, width in runs]), dim)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -151,10 +192,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class FFN(nn.Module):
-    def __init__(self, dim: int, hidden: int):
+    def __init__(self, dim: int, hidden: int, layer: int):
+        """``layer``: which block's it is, by which a subnet says how much of the hidden layer it keeps."""
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.layer = layer
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x_ND: Tensor, segments: Sequence[Segment]) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_ND)))
+        dim, hidden = x_ND.shape[1], self.fc1.out_features
+
+        def sizes(segment: Segment) -> tuple[int, int]:
+            kept = segment.architecture
+            return (dim, hidden) if kept is None else (kept.dim, kept.hidden[self.layer])
+
+        runs = same_sizes(segments, sizes, (dim, hidden))
+        y = F.gelu(self.fc1(x_ND, [Run(rows, d, width) for rows, (d, width) in runs]))
+        return widen(self.fc2(y, [Run(rows, width, d) for rows, (d, width) in runs]), dim)

@@ -4,13 +4,15 @@ Axes: N tokens (rows of the packed batch), D width, B images, L tokens of one im
 (channel, row, column). ``x_ND`` is a tensor of N rows and D columns.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from ufo_ds.model.architecture import Architecture
 
 Part = Literal["plain", "probe", "shared"]
 
@@ -24,6 +26,9 @@ class Segment:
     path (``plain``), do so and are shown to the copies not chosen as well (``probe``; see :mod:`ufo_ds.model.router`),
     or take the shared path throughout (``shared``). ``span`` is the range of the task's global micro-batch that such a
     part makes up over all processes, of which ``images`` samples are here; it is alike on all processes.
+
+    In a step of an elastic model the same samples go through several subnets: ``subnet`` counts them, and
+    ``architecture`` is what the segment uses of its units; None: all.
     """
 
     task: str
@@ -33,6 +38,8 @@ class Segment:
     prefix: int = 1
     part: Part = "plain"
     span: range = range(0)
+    subnet: int = 0
+    architecture: Architecture | None = None
 
     @property
     def rows(self) -> int:
@@ -44,10 +51,10 @@ class Segment:
 
 
 def join(segments: Iterable[Segment]) -> list[Segment]:
-    """One segment for each run of neighbouring ones of a task; their rows are one slice anyhow."""
+    """One segment for each run of neighbouring ones of a task and subnet; their rows are one slice anyhow."""
     joined: list[Segment] = []
     for segment in segments:
-        if joined and joined[-1].task == segment.task:
+        if joined and (joined[-1].task, joined[-1].subnet) == (segment.task, segment.subnet):
             last = joined[-1]
             span = range(last.span.start, segment.span.stop)
             joined[-1] = replace(last, images=last.images + segment.images, part="plain", span=span)
@@ -67,24 +74,11 @@ def split(x_ND: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
     return list(torch.split(x_ND, [segment.rows for segment in segments]))
 
 
-def same_grid(segments: Sequence[Segment]) -> list[Segment]:
-    """Neighbouring segments of equal grid joined, whatever their tasks (the first one's stands for them)."""
-    runs = [list(run) for _, run in groupby(segments, key=lambda segment: segment.grid_hw)]
+def alike(segments: Sequence[Segment], key: Callable[[Segment], Any]) -> list[Segment]:
+    """Neighbouring segments of equal key joined, whatever their tasks (the first one's stands for them); those without
+    images are left out."""
+    runs = [list(run) for _, run in groupby((s for s in segments if s.images), key=key)]
     return [replace(run[0], images=sum(segment.images for segment in run)) for run in runs]
-
-
-def buckets(segments: Sequence[Segment]) -> Iterator[tuple[int, int]]:
-    """Neighbouring segments of equal length joined: (images, tokens) of each, in order; empty ones are left out."""
-    images, tokens = 0, 0
-    for segment in segments:
-        if not segment.images:
-            continue
-        if segment.tokens != tokens and images:
-            yield images, tokens
-            images = 0
-        images, tokens = images + segment.images, segment.tokens
-    if images:
-        yield images, tokens
 
 
 def concatenate(pieces: Iterable[Tensor], like: Tensor) -> Tensor:

@@ -16,17 +16,18 @@ from torch import Tensor, nn
 from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.errors import UserError
 from ufo_ds.model import classifiers
-from ufo_ds.model.architecture import Architecture
+from ufo_ds.model.architecture import Architecture, SearchSpace
+from ufo_ds.model.block import Block
+from ufo_ds.model.elastic import narrow
 from ufo_ds.model.experts import LEARNED, OWN, SHARED, RoutedUnit
 from ufo_ds.model.heads import BatchNormNeck, Outputs, TaskHead, TaskHeads
 from ufo_ds.model.initialization import Pretrained, fill, start_values
-from ufo_ds.model.layers import FFN, Attention, Embedding, Norm
+from ufo_ds.model.layers import Embedding, Norm
 from ufo_ds.model.packing import Part, Segment, concatenate, join, overlap, patchify, split
 from ufo_ds.model.recomputation import recomputed
 from ufo_ds.model.router import Choices, Place, Router
 from ufo_ds.model.spec import UNITS, SubnetSpec, routes_of
 from ufo_ds.recipe import Recipe
-from ufo_ds.recipe_model import Backbone
 from ufo_ds.recipe_task import Size
 from ufo_ds.seeding import torch_generator
 
@@ -45,33 +46,6 @@ class Features:
         segment = self.segments[index]
         x_BLD = split(self.tokens_ND, self.segments)[index].unflatten(0, (segment.images, segment.tokens))
         return x_BLD[:, segment.prefix :].unflatten(1, segment.grid_hw).permute(0, 3, 1, 2)
-
-
-Build = Callable[[str, int, Callable[[str | None], nn.Module]], RoutedUnit]  # (unit, layer, make)
-
-
-class Block(nn.Module):
-    """One transformer block; both norms share the route of the unit ``norm``."""
-
-    def __init__(self, build: Build, layer: int, backbone: Backbone):
-        super().__init__()
-        dim, eps = backbone.dim, backbone.layer_norm_eps
-        self.layer = layer
-        self.norm1 = build("norm", layer, lambda _: Norm(dim, eps=eps))
-        self.attn = build("attn", layer, lambda _: Attention(dim, backbone.heads_L[layer], backbone.head_width))
-        self.norm2 = build("norm", layer, lambda _: Norm(dim, eps=eps))
-        self.ffn = build("ffn", layer, lambda _: FFN(dim, backbone.hidden_L[layer]))
-
-    def forward(
-        self, x_ND: Tensor, segments: Sequence[Segment], choices: Choices, drop_path_N2: Tensor | None
-    ) -> Tensor:
-        i = self.layer
-        y_ND = self.norm1(x_ND, segments, choices.get(("norm", i)))
-        y_ND = self.attn(y_ND, segments, choices.get(("attn", i)))
-        x_ND = x_ND + (y_ND if drop_path_N2 is None else y_ND * drop_path_N2[:, :1].to(y_ND.dtype))
-        y_ND = self.norm2(x_ND, segments, choices.get(("norm", i)))
-        y_ND = self.ffn(y_ND, segments, choices.get(("ffn", i)))
-        return x_ND + (y_ND if drop_path_N2 is None else y_ND * drop_path_N2[:, 1:].to(y_ND.dtype))
 
 
 class Supernet(nn.Module):
@@ -93,6 +67,8 @@ class Supernet(nn.Module):
         model, backbone = recipe.model, recipe.model.backbone
         self.tasks = {task.name: task for task in recipe.tasks}
         self.routes = self.routes_of_recipe()
+        self.space = None if model.elastic is None else SearchSpace.of(model)
+        self.architectures: dict[str, Architecture] = {}  # of tasks that in evaluation take less than their whole path
         self.register_buffer("mean", torch.empty(3, 1, 1), persistent=False)  # of pixels in 0..255
         self.register_buffer("std", torch.empty(3, 1, 1), persistent=False)
 
@@ -109,8 +85,10 @@ class Supernet(nn.Module):
         self.blocks = nn.ModuleList(Block(build, i, backbone) for i in range(backbone.depth))
         self.norm = build("norm", backbone.depth, lambda _: Norm(backbone.dim, eps=backbone.layer_norm_eps))
         self.heads = TaskHeads({
-            name: TaskHead(task.head, backbone.dim, num_classes[name], task.loss, (recipe.seed, "negatives", name))
-            for name, task in self.tasks.items() if name in num_classes
+            name: TaskHead(
+                task.head, backbone.dim, num_classes[name], task.loss, (recipe.seed, "negatives", name),
+                0.0 if model.elastic is None else model.elastic.distillation,
+            ) for name, task in self.tasks.items() if name in num_classes
         })  # fmt: skip
         router = model.router
         self.router = Router(
@@ -190,7 +168,8 @@ class Supernet(nn.Module):
         if task not in self.tasks:
             raise UserError(f"no task {task!r} in this model; it has {', '.join(self.tasks)}")
         assert not any(LEARNED in layers for layers in self.routes[task].values())
-        return SubnetSpec(task, self.routes[task], Architecture.of(self.recipe.model.backbone))
+        whole = SubnetSpec(task, self.routes[task], Architecture.of(self.recipe.model.backbone))
+        return whole.sliced(self.architectures[task]) if task in self.architectures else whole
 
     # --- forward --------------------------------------------------------------------------------------------------
 
@@ -200,15 +179,19 @@ class Supernet(nn.Module):
         routed_R3 = None
         if self.learns_routes:
             routed_R3 = self.router(batch.step if self.training else None)
-        segments = [segment for name, task in batch.tasks.items() for segment in self._cut(name, task, batch.step)]
-        drop_path = self._drop_path(batch) if self.training and self.recipe.model.drop_path else None
+        subnets = self.subnets(batch.step) if self.training else [self.architectures]
+        segments = [
+            segment for i, architectures in enumerate(subnets) for name, task in batch.tasks.items()
+            for segment in self._cut(name, task, batch.step, i, architectures.get(name))
+        ]  # fmt: skip
+        drop_path = self._drop_path(batch, len(subnets)) if self.training and self.recipe.model.drop_path else None
         images = {name: task.images for name, task in batch.tasks.items()}
         features = self.backbone(images, segments, batch.step, routed_R3, drop_path)
-        rows = [segment.per_image() for segment in join(segments)]
+        pooled_BD, rows = _task_by_task(features.pooled_BD, [segment.per_image() for segment in join(segments)])
         if not self.training:
-            return self.heads(features.pooled_BD, rows)
+            return self.heads(pooled_BD, rows)
         return self.heads(
-            features.pooled_BD,
+            pooled_BD,
             rows,
             {name: task.labels for name, task in batch.tasks.items()},
             {name: task.global_count for name, task in batch.tasks.items()},
@@ -220,15 +203,33 @@ class Supernet(nn.Module):
             },
         )
 
+    def subnets(self, step: int) -> list[dict[str, Architecture]]:
+        """The subnets of every task that a step trains, of the same samples; a task that is not there: its whole path.
+
+        Random ones belong to (seed, step, task), the same on all ranks and in all micro-batches of the step.
+        """
+        elastic, space = self.recipe.model.elastic, self.space
+        if elastic is None or space is None:
+            return [{}]
+        count = 1 if elastic.sampling == "random" else elastic.random
+        drawn = [
+            {name: space.draw(self.recipe.seed, "subnet", step, name, i) for name in self.tasks} for i in range(count)
+        ]
+        return drawn if elastic.sampling == "random" else [{}, dict.fromkeys(self.tasks, space.smallest), *drawn]
+
     def segment(self, task: str, images: Tensor) -> Segment:
         """Of all images ``[B, 3, H, W]`` of a task, on its path."""
         grid, prefix = self.grid_hw((images.shape[2], images.shape[3])), self.recipe.model.backbone.prefix
         return Segment(task, len(images), prefix + grid[0] * grid[1], grid, prefix, span=range(len(images)))
 
-    def _cut(self, name: str, task: TaskBatch, step: int) -> list[Segment]:
+    def _cut(
+        self, name: str, task: TaskBatch, step: int, subnet: int = 0, architecture: Architecture | None = None
+    ) -> list[Segment]:
         """Segments of a task's samples; in training those that take the shared path and those that are probed apart."""
         everything = range(task.global_count)
-        whole = dataclasses.replace(self.segment(name, task.images), span=everything)
+        whole = dataclasses.replace(
+            self.segment(name, task.images), span=everything, subnet=subnet, architecture=architecture
+        )
         model = self.recipe.model
         if not self.training or not model.experts:
             return [whole]
@@ -257,10 +258,11 @@ class Supernet(nn.Module):
         routed_R3: Tensor | None = None,
         drop_path_B: Tensor | None = None,
     ) -> Features:
-        """Features of uint8 images ``[B, 3, H, W]`` of each task.
+        """Features of uint8 images ``[B, 3, H, W]`` of each task, as wide as the widest subnet.
 
         Args:
-            segments: their parts; default: one segment a task, on the task's path.
+            segments: their parts, for each of several subnets the parts of all; default: one segment a task, on the
+                task's path.
             step: of training, where routes are learned.
             routed_R3: the router's output there.
             drop_path_B: ``[B, depth, 2]`` factors of the residual branches.
@@ -273,7 +275,11 @@ class Supernet(nn.Module):
         patches = [self._patches(image) for image in images.values()]
         if not patches:  # a process without any task takes part in every call all the same
             patches.append(self._patches(torch.empty(0, 3, *self.recipe.tasks[0].input)))
+        patches *= 1 + max((segment.subnet for segment in segments), default=0)
         x_ND = self.embed(torch.cat(patches), segments, choices.get(("embed", 0)))
+        dim = x_ND.shape[1]
+        widths = [dim if segment.architecture is None else segment.architecture.dim for segment in segments]
+        x_ND = narrow(x_ND, max(widths, default=dim))
         drop_path_N = None
         if drop_path_B is not None:
             by_segment = drop_path_B.split([s.images for s in segments])
@@ -306,8 +312,9 @@ class Supernet(nn.Module):
         backbone = self.recipe.model.backbone
         return patchify(pixels, backbone.patch_size, backbone.prefix).to(weight.dtype)
 
-    def _drop_path(self, batch: Batch) -> Tensor:
-        """Factors ``[B, depth, 2]`` of the residual branches: 0 or 1 / keep (Huang et al., 2016).
+    def _drop_path(self, batch: Batch, subnets: int = 1) -> Tensor:
+        """Factors ``[subnets * B, depth, 2]`` of the residual branches: 0 or 1 / keep (Huang et al., 2016); only the
+        first subnet, in the sandwich the largest, needs to be regularised (Yu et al., 2020).
 
         Drawn for the task's whole micro-batch by (seed, step, task), so that a sample's draw does not depend on the
         process that holds it.
@@ -320,7 +327,18 @@ class Supernet(nn.Module):
             draws = torch.rand(task.global_count, depth, 2, generator=generator)
             factors.append(((draws < keep_L1) / keep_L1)[task.positions.start : task.positions.stop])
         drawn = concatenate(factors, like=torch.empty(0, depth, 2))
+        drawn = torch.cat([drawn, torch.ones((subnets - 1) * len(drawn), depth, 2)])
         return drawn.to(next(self.parameters()).device, non_blocking=True)
+
+
+def _task_by_task(x_ND: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, list[Segment]]:
+    """Rows and segments with those of a task together, in the order of its subnets."""
+    if not any(segment.subnet for segment in segments):
+        return x_ND, list(segments)
+    tasks = list(dict.fromkeys(segment.task for segment in segments))
+    order = sorted(range(len(segments)), key=lambda i: tasks.index(segments[i].task))
+    rows = split(x_ND, segments)
+    return concatenate([rows[i] for i in order], x_ND), [segments[i] for i in order]
 
 
 def init_weights(model: Supernet, device: torch.device | str = "cpu", pretrained: Pretrained | None = None) -> None:

@@ -210,8 +210,11 @@ class Engine:
 
     def mean_losses(self, parts_TK: Tensor) -> dict[str, dict[str, float]]:
         """Global mean losses of a step, the same on every rank."""
+        elastic = self.recipe.model.elastic
+        distilled = elastic is not None and elastic.sampling == "sandwich" and elastic.distillation > 0
+        given = {task.name: [*task.loss.given, *(["distillation"] * distilled)] for task in self.recipe.tasks}
         return {
-            task.name: {name: v for name, v in zip(LOSSES, row, strict=True) if getattr(task.loss, name) is not None}
+            task.name: {name: v for name, v in zip(LOSSES, row, strict=True) if name in given[task.name]}
             for task, row in zip(self.recipe.tasks, self.sum_over_ranks(parts_TK).tolist(), strict=True)
         }
 

@@ -19,8 +19,8 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from ufo_ds.model.classifiers import HolderGroup, spread
-from ufo_ds.model.experts import RoutedUnit, TaskExperts
-from ufo_ds.model.heads import Mix, Moment, Outputs, TaskHead, TaskHeads
+from ufo_ds.model.experts import RoutedUnit, TaskExperts, by_task
+from ufo_ds.model.heads import Mix, Moment, Outputs, TaskHead, TaskHeads, widths
 from ufo_ds.model.packing import Segment, concatenate, overlap, split
 from ufo_ds.model.supernet import Supernet
 from ufo_ds.parallel.collectives import RankGroup, all_to_all
@@ -98,11 +98,11 @@ class ExpertParallelUnits(_ExpertParallel):
     def forward(self, x_ND: Tensor, segments: Sequence[Segment]) -> Tensor:
         exchange = self.exchange if self.training else None
         rows_ND, local = (x_ND, segments) if exchange is None else exchange.dispatch(x_ND, segments)
-        rows = {s.task: (x, [s]) for x, s in zip(split(rows_ND, local) if local else [], local, strict=True)}
+        rows = {task: (x, of_task) for task, x, of_task in by_task(rows_ND, local)}
         # Every slot is called, in its order and even without rows: ranks must not differ in what they call.
         results = {slot: getattr(self, slot)(*rows.get(slot, (rows_ND[:0], []))) for slot in self.slots}
         unused = [y for slot, y in results.items() if slot not in rows]
-        y_ND = torch.cat([*(results[s.task] for s in local), *unused])
+        y_ND = torch.cat([*(results[task] for task in rows), *unused])
         return y_ND if exchange is None else exchange.combine(y_ND, segments)
 
 
@@ -144,18 +144,20 @@ class ExpertParallelHeads(_ExpertParallel):
         if self.exchange is not None and labels is not None:
             features_BD, local = self.exchange.dispatch(features_BD, segments)
             if mixes:  # all ranks have the same tasks here, so all are here or none
-                mixes = self._dispatch_mixes(mixes, labels, segments)
-            labels_B, _ = self.exchange.dispatch(torch.cat([labels[s.task] for s in segments]), segments)
-            labels = dict(zip([s.task for s in local], split(labels_B, local), strict=True))
-        rows = dict(zip([s.task for s in local], split(features_BD, local) if local else [], strict=True))
+                mixes = self._dispatch_mixes(mixes, labels, [s for s in segments if not s.subnet])
+            samples = [s for s in segments if not s.subnet]  # all subnets see the same ones
+            labels_B, owned = self.exchange.dispatch(torch.cat([labels[s.task] for s in samples]), samples)
+            labels = dict(zip([s.task for s in owned], split(labels_B, owned), strict=True))
+        rows = {task: (x_BD, widths(x_BD, of_task)) for task, x_BD, of_task in by_task(features_BD, local)}
+        nothing = features_BD[:0], [features_BD.shape[1]]
         if labels is None or global_counts is None:
-            return {slot: getattr(self, slot)(rows.get(slot, features_BD[:0])) for slot in self.slots}
+            of_slots = {slot: rows.get(slot, nothing) for slot in self.slots}
+            return {slot: getattr(self, slot)(x_BD, widths=columns) for slot, (x_BD, columns) in of_slots.items()}
         no_labels = torch.empty(0, dtype=torch.int64, device=features_BD.device)
         return torch.stack([
             getattr(self, slot)(
-                rows.get(slot, features_BD[:0]), labels.get(slot, no_labels), global_counts.get(slot, 0), moment,
-                mixes.get(slot),
-            ) for slot in self.slots
+                x_BD, labels.get(slot, no_labels), global_counts.get(slot, 0), moment, mixes.get(slot), columns
+            ) for slot in self.slots for x_BD, columns in [rows.get(slot, nothing)]
         ])  # fmt: skip
 
     def _dispatch_mixes(
