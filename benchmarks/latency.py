@@ -1,7 +1,7 @@
 """How well the latency of subnets is predicted from 40 that were measured, on one CPU thread of this machine.
 
-python benchmarks/latency.py                    # 20 minutes on one core; --quick: within one
-python benchmarks/latency.py --settings plain   # or some of the settings
+python benchmarks/latency.py                    # some minutes; --quick: within one
+python benchmarks/latency.py --settings plain   # or one of the settings
 
 In each setting 40 subnets, chosen as `ufo latency` does, and 100 others, drawn at random, are called in turn in many
 rounds. What the first 40 took in every other round makes the profile, which predicts the others; the truth is what they
@@ -28,29 +28,27 @@ from ufo_ds.subnets.latency import Target, fit, left_out_errors, to_measure, wor
 
 MEASURED = 40
 ERROR, REPEATS, TAU = 0.08, 1.5, 0.9  # bars; of the error the larger of the first and so many times the repeat's
-_SMALL = {"depth": [4, 6, 8, 10, 12], "dim": [96, 128, 160, 192], "heads": [2, 4, 6], "mlp_ratio": [1.0, 2.0, 3.0, 4.0]}
-# Backbone, its elastic sizes, side of the images, rounds.
-SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
-    "plain": ({"dim": 192, "depth": 12, "heads": 6, "patch_size": 16}, _SMALL, 64, 60),
-    "stem": (
-        {"dim": 192, "depth": 12, "heads": 6, "patch_size": 16, "stem": [24, 48, 48, 96, 96, 192, 192], "pool": "mean"},
-        {**_SMALL, "stem": [0.5, 0.75, 1.0]},
-        64,
-        60,
-    ),
-    "vit_small": (
-        {"name": "vit_small"},
-        {"depth": [6, 8, 10, 12], "dim": [192, 256, 320, 384], "heads": [2, 4, 6], "mlp_ratio": [1.0, 2.0, 3.0, 4.0]},
-        224,
-        12,
-    ),
+SIDE = 64  # of the images, in pixels
+ROUNDS = 24
+_BACKBONE: dict[str, Any] = {"dim": 192, "depth": 12, "heads": 6, "patch_size": 16}
+_ELASTIC = {
+    "depth": [4, 6, 8, 10, 12],
+    "dim": [96, 128, 160, 192],
+    "heads": [2, 4, 6],
+    "mlp_ratio": [1.0, 2.0, 3.0, 4.0],
+}
+_STEM = {"stem": [24, 48, 48, 96, 96, 192, 192], "pool": "mean"}  # that of open_small
+# Backbone and its elastic sizes.
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": (_BACKBONE, _ELASTIC),
+    "stem": (_BACKBONE | _STEM, _ELASTIC | {"stem": [0.5, 0.75, 1.0]}),
 }
 
 
 def run(name: str, others: int, rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
     """Figures and bars of one setting."""
-    backbone, elastic, side, _ = SETTINGS[name]
-    task = {"name": "task", "head": {"type": "margin"}, "loss": {"cosface": {}}, "input": [side, side],
+    backbone, elastic = SETTINGS[name]
+    task = {"name": "task", "head": {"type": "margin"}, "loss": {"cosface": {}}, "input": [SIDE, SIDE],
             "samples_per_step": 1}  # fmt: skip
     values = {"name": name, "model": {"backbone": backbone, "elastic": elastic}, "tasks": [task],
               "schedule": {"steps": 1}}  # fmt: skip
@@ -63,7 +61,7 @@ def run(name: str, others: int, rounds: int) -> tuple[dict[str, float], dict[str
     with torch.device("meta"):
         models = [network(recipe, "task", subnet) for subnet in subnets]
     timing.with_random_weights(models, target)
-    times_RNC = timing.measure(timing.prepare(models, (side, side), target), target, rounds)
+    times_RNC = timing.measure(timing.prepare(models, (SIDE, SIDE), target), target, rounds)
     once_N, again_N = (1e3 * timing.typical(times_RNC[first::2]) for first in (0, 1))
     truth_N = again_N[MEASURED:]
 
@@ -71,8 +69,8 @@ def run(name: str, others: int, rounds: int) -> tuple[dict[str, float], dict[str
         predicted_N = work_NW[MEASURED:] @ fit(work_NW[:MEASURED], once_N[:MEASURED])
         return float(np.abs(predicted_N / truth_N - 1).mean()), float(kendalltau(predicted_N, truth_N).statistic)
 
-    work_NW = work(recipe.model.backbone, (side, side), 1, subnets)
-    flops_N = [path_cost(recipe.model.backbone, subnet, (side, side)).flops for subnet in subnets]
+    work_NW = work(recipe.model.backbone, (SIDE, SIDE), 1, subnets)
+    flops_N = [path_cost(recipe.model.backbone, subnet, (SIDE, SIDE)).flops for subnet in subnets]
     error, tau = errors(work_NW)
     by_flops, tau_by_flops = errors(np.array([[1.0, 1e-9 * flops] for flops in flops_N]))
     repeat = float(np.abs(once_N[MEASURED:] / truth_N - 1).mean())
@@ -111,7 +109,7 @@ def main() -> None:
     figures: dict[str, Any] = {"cpu": machine["cpu"], "measured": MEASURED, "others": 30 if options.quick else 100}
     bars: dict[str, Any] = {}
     for name in options.settings[:1] if options.quick else options.settings:
-        found, of_setting = run(name, figures["others"], 12 if options.quick else SETTINGS[name][-1])
+        found, of_setting = run(name, figures["others"], 12 if options.quick else ROUNDS)
         figures |= found
         bars |= of_setting
     figures["minutes"] = round((time.monotonic() - began) / 60, 1)
