@@ -156,7 +156,9 @@ class Model:
     # Blocks of which only the input is kept for the backward pass, which computes them again (Chen et al., 2016): none,
     # all ("full"), or every n-th, from the first on.
     activation_checkpointing: Literal["none", "full"] | int = "none"
-    init: str | None = None  # a Hugging Face ViT checkpoint (directory or hub id) to start from
+    # To start from: a run directory or checkpoint (all that it holds of the recipe's tasks, learned routes decided as
+    # they are there), a model of `ufo extract`, or any Hugging Face ViT (directory or hub id).
+    init: str | None = None
 
     @field_validator("activation_checkpointing", mode="before")
     @classmethod

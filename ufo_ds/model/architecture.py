@@ -6,6 +6,7 @@ FFN, the first channels of all tokens and of the stem.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -63,12 +64,13 @@ class Architecture:
         return cls(values["dim"], *(tuple(values[key]) for key in keys[1:]))
 
     def fits(self, largest: "Architecture") -> bool:
-        """Whether this is a slice of another."""
+        """Whether this is a slice of another; its stem has to change the number of channels where the other does."""
         pairs = [(self.stem, largest.stem), (self.heads, largest.heads), (self.hidden, largest.hidden)]
         return (
             self.dim <= largest.dim
             and self.depth <= largest.depth
             and len(self.stem) == len(largest.stem)
+            and [a == b for a, b in pairwise([3, *self.stem])] == [a == b for a, b in pairwise([3, *largest.stem])]
             and all(a <= b for mine, theirs in pairs for a, b in zip(mine, theirs, strict=False))
         )
 

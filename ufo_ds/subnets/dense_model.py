@@ -14,17 +14,16 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, ViTConfig
 from transformers.utils import logging
 
 from ufo_ds import recipe_file
 from ufo_ds.errors import UserError
 from ufo_ds.model.dense import vit_config
-from ufo_ds.model.heads import Outputs
-from ufo_ds.model.hub import UfoViTModel
 from ufo_ds.model.spec import SubnetSpec
 from ufo_ds.recipe import Recipe
+from ufo_ds.subnets.dense_network import DenseNetwork
 from ufo_ds.subnets.extraction import RECIPE, SPEC, image_processor
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
@@ -39,35 +38,6 @@ _SELDOM = ("head_dim", "heads", "hidden")
 
 def is_dense_model(path: Path) -> bool:
     return (path / CONFIG).is_file()
-
-
-class DenseNetwork(nn.Module):
-    """Backbone, pooler and, for a linear head, classifier, in one pass over the backbone."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, recipe: Recipe, backbone: nn.Module, classifier: nn.Module | None):
-        super().__init__()
-        self.backbone, self.classifier = backbone, classifier
-        for name, values in (("mean", recipe.data.mean), ("std", recipe.data.std)):
-            self.register_buffer(name, 255 * torch.tensor(values)[:, None, None], persistent=False)
-
-    def forward(self, images: Tensor) -> Outputs:
-        """
-        Args:
-            images: uint8 [B, 3, H, W], as ``evaluation_transform`` makes them.
-
-        Returns:
-            Embeddings [B, D] and logits [B, C], C = 0 without a classifier; fp32.
-        """
-        outputs = self.backbone((images.float() - self.mean) / self.std)
-        embedding_BD = outputs.pooler_output.float()
-        if self.classifier is None:
-            return Outputs(embedding_BD, embedding_BD[:, :0])
-        tokens_BLD = outputs.last_hidden_state
-        feature_BD = self.backbone.pooled(tokens_BLD) if isinstance(self.backbone, UfoViTModel) else tokens_BLD[:, 0]
-        return Outputs(embedding_BD, self.classifier(feature_BD).float())
 
 
 @dataclass(frozen=True)
