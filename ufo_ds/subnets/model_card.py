@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from ufo_ds.checkpoint import Reader
+from ufo_ds.model.architecture import Architecture
 from ufo_ds.model.dense import is_stock
 from ufo_ds.model.hub import UfoViTConfig
 from ufo_ds.model.spec import SubnetSpec
@@ -36,18 +37,14 @@ comes with the package `ufo_ds`. Without `import {HUB}`, transformers does not k
 """  # fmt: skip
     routes = asdict(spec)["routes"]
     sizes = "\n".join(f"| {name} | {value} |" for name, value in _sizes(spec))
-    found = (
-        ""
-        if not recalibrated
-        else """
+    found = "" if not recalibrated else """
 The running statistics of its neck were found anew from training images, as those of the supernet are of another subnet.
-"""
-    )
+"""  # fmt: skip
+    is_whole = spec.architecture == Architecture.of(reader.recipe.model.backbone)
+    measured = "the supernet" if is_whole else "the whole path, of which this is a part,"
     rows = "\n".join(f"| {unit} | {' '.join(layers)} |" for unit, layers in routes.items())
     scores = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items()) or "| none recorded | |"
-    licences = "\n".join(
-        f"| {name} | {'; '.join(of_task)} |" for name, of_task in behind(reader.index, reader.recipe, spec).items()
-    )
+    licences = _licences(reader, [spec])
     started = "" if reader.recipe.model.init is None else f"\nTraining started from `{reader.recipe.model.init}`.\n"
     return f"""---
 library_name: transformers
@@ -71,7 +68,7 @@ inputs = AutoImageProcessor.from_pretrained(path)(Image.open(file), return_tenso
 |---|---|
 {sizes}
 
-| metric of the supernet at that step | |
+| metric of {measured} at that step | |
 |---|---|
 {scores}
 
@@ -93,3 +90,37 @@ def _sizes(spec: SubnetSpec) -> Iterator[tuple[str, object]]:
         yield "channels of the stem, by layer", " ".join(map(str, kept.stem))
     yield "heads, by block", " ".join(map(str, kept.heads))
     yield "width of the FFN, by block", " ".join(map(str, kept.hidden))
+
+
+def joint_card(reader: Reader, specs: list[SubnetSpec], parameters: int) -> str:
+    """Of several tasks' subnets in one directory."""
+    rows = "\n".join(
+        f"| {spec.task} | `{spec.name}` | {'; '.join(f'{name}: {value}' for name, value in _sizes(spec))} |"
+        for spec in specs
+    )
+    started = "" if reader.recipe.model.init is None else f"\nTraining started from `{reader.recipe.model.init}`.\n"
+    names = ", ".join(f"`{spec.task}`" for spec in specs)
+    return f"""# {", ".join(spec.task for spec in specs)}
+
+Models of the tasks {names}, cut out of the multi-task supernet `{reader.recipe.name}` (step {reader.index.step}) with
+ufo_ds: {parameters / 1e6:.2f} M parameters, of which those that the tasks share are there once.
+
+```sh
+ufo evaluate PATH
+ufo predict PATH IMAGE --task {specs[0].task}
+ufo extract PATH --task {specs[0].task} --out {specs[0].task}-vit    # one alone, for transformers
+```
+
+| task | subnet | sizes |
+|---|---|---|
+{rows}
+
+| images behind these weights, by task | licence |
+|---|---|
+{_licences(reader, specs)}
+{started}"""
+
+
+def _licences(reader: Reader, specs: list[SubnetSpec]) -> str:
+    found = {name: of for spec in specs for name, of in behind(reader.index, reader.recipe, spec).items()}
+    return "\n".join(f"| {name} | {'; '.join(of_task)} |" for name, of_task in found.items())

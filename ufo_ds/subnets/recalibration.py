@@ -7,6 +7,7 @@ out, compared with the supernet and evaluated has the same ones.
 
 import bisect
 import itertools
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from ufo_ds.data.transforms import CorruptImage, evaluation_transform
 from ufo_ds.errors import UserError
 from ufo_ds.model.loading import check_path, spec_of
 from ufo_ds.model.spec import SubnetSpec
+from ufo_ds.progress import Progress
 from ufo_ds.recipe import Recipe
 from ufo_ds.subnets.dense_network import with_weights
 from ufo_ds.subnets.weights import Statistics, state_of
@@ -41,12 +43,17 @@ def is_needed(reader: Reader, spec: SubnetSpec) -> bool:
 
 @torch.no_grad()
 def statistics(
-    reader: Reader, spec: SubnetSpec, pixels: Tensor | None = None, device: torch.device | str = "cpu"
+    reader: Reader,
+    spec: SubnetSpec,
+    pixels: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
 ) -> Statistics:
     """Mean and unbiased variance of the neck's input, each [dim], if those in the checkpoint are of another path.
 
     Args:
         pixels: uint8 [N, 3, H, W], as :func:`training_pixels` gives them; default: those of the task's train sets.
+        progress: show how far it is.
 
     Raises:
         UserError: the path does not fit the model, or there are no images.
@@ -57,7 +64,15 @@ def statistics(
     if pixels is None:
         pixels = training_pixels(reader.recipe, spec.task)
     network = with_weights(reader.recipe, spec, state_of(reader, spec)).to(device)
-    features_ND = torch.cat([network.feature(images.to(device)).double().cpu() for images in pixels.split(BATCH)])
+    batches, features = pixels.split(BATCH), []
+    with (
+        Progress(len(batches), unit="batches", name=f"statistics of {spec.task}") if progress else nullcontext() as bar
+    ):
+        for images in batches:
+            features.append(network.feature(images.to(device)).double().cpu())
+            if bar is not None:
+                bar.update()
+    features_ND = torch.cat(features)
     neck = f"heads.{spec.task}.neck"
     return {
         f"{neck}.running_mean": features_ND.mean(0).float(),

@@ -45,7 +45,7 @@ def report(
     best = values["front"][-1]["subnets"][0]
     print(
         f"{len(front)} on the front of {len(known)} evaluated, drawn in {out / 'front.png'}; the last one as a model: "
-        f"ufo extract {run} --task {best['task']} --spec {best['spec']} --out ..."
+        f"ufo extract {run} --task {best['task']} --spec {out / best['spec']} --out ..."
     )
 
 
