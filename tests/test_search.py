@@ -1,11 +1,14 @@
 """Fronts and the search for them, against enumeration, integration and slow obvious formulas."""
 
 import itertools
+import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import search as benchmark
 from tests.test_cost import elastic_recipe
 from ufo_ds.errors import UserError
 from ufo_ds.model.architecture import Architecture
@@ -235,3 +238,20 @@ def test_limits_that_nothing_satisfies_are_told_with_what_the_smallest_needs():
     check_limits(space, {"parameters": parameters, "flops": flops})
     with pytest.raises(UserError, match=rf"^--limit flops={flops - 1:g}: .*would need flops={flops:.0f}$"):
         check_limits(space, {"parameters": parameters, "flops": flops - 1})
+
+
+def test_benchmark_reads_files_of_the_contests_form(tmp_path, monkeypatch, capsys):
+    """Made-up subnets whose rank is their size: all are on the front."""
+    generator, values = np.random.default_rng(0), {}
+    for n in range(60):
+        depth = int(generator.integers(10, 13))
+        levels = generator.integers(1, 4, (depth, 2))
+        code = "jkl"[depth - 10] + "".join(f"{heads}{ratio}1" for heads, ratio in levels).ljust(36, "0")
+        size = benchmark.flops(3 - levels[:, 0], 3 - levels[:, 1])
+        values[f"arch{n}"] = {"size_rank": -size, "arch": code}
+    (tmp_path / "all.json").write_text(json.dumps(values))
+    monkeypatch.setattr(sys, "argv", ["search.py", "--data", str(tmp_path / "all.json"), "--quick"])
+    benchmark.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0.9 < found["figures"]["hypervolume_search_20"] <= 1
+    assert found["bars"]["ratio_20"]["ok"]

@@ -42,10 +42,11 @@ def report(
         print(json.dumps(values))
         return
     print("\n".join(_table(values)))
-    best = values["front"][-1]["subnets"][0]
+    best = values["front"][-1]["subnets"]
+    last = " ".join(f"--task {subnet['task']} --spec {out / subnet['spec']}" for subnet in best)
     print(
         f"{len(front)} on the front of {len(known)} evaluated, drawn in {out / 'front.png'}; the last one as a model: "
-        f"ufo extract {run} --task {best['task']} --spec {out / best['spec']} --out ..."
+        f"ufo extract {run} {last} --out ..."
     )
 
 
