@@ -7,19 +7,20 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.small_run import CLASSES, PATHS, make_images, make_model, make_recipe, outputs_of, relative, write_checkpoint
 from ufo_ds import plan, recipe_file
-from ufo_ds.checkpoint import Reader
+from ufo_ds.checkpoint import Reader, of_run
 from ufo_ds.errors import UserError
 from ufo_ds.errors import run as entry
+from ufo_ds.model.architecture import Architecture
 from ufo_ds.model.loading import spec_of
 from ufo_ds.model.spec import routes_of
 from ufo_ds.model.starting import opening
 from ufo_ds.model.supernet import Supernet, init_weights
 from ufo_ds.recipe import only
-from ufo_ds.subnets import extraction
+from ufo_ds.subnets import extraction, joint
 
 NUM_CLASSES = {name: len(names) for name, names in CLASSES.items()}
 UNUSUAL = {"stem": [8, 12], "pool": "mean", "heads": [2, 1], "head_dim": 4, "mlp_ratio": [2.0, 3.0]}
@@ -172,6 +173,31 @@ def test_a_run_without_a_checkpoint_is_refused(tmp_path):
         opening(learning(tmp_path), NUM_CLASSES)
 
 
+def test_subnets_of_several_tasks_are_refused(tmp_path, run):
+    """Their tasks are of different sizes."""
+    reader = Reader(of_run(run))
+    joint.extract(reader, [spec_of(reader, task) for task in CLASSES], tmp_path / "both", {})
+    with pytest.raises(
+        UserError, match=r"^model\.init [^\n]* holds subnets of digits, glyphs, no whole model: [^\n]*$"
+    ):
+        opening(learning(tmp_path / "both"), NUM_CLASSES)
+
+
+def test_a_subnet_is_the_whole_of_a_smaller_model(tmp_path):
+    """Cut out of an elastic model whose blocks then differ, trained on as a model of its own."""
+    elastic = {"depth": [1, 2], "dim": [8, 16], "heads": [1, 2], "mlp_ratio": [1, 2]}
+    model = make_model(make_recipe(backbone={"mlp_ratio": 2}, elastic=elastic))
+    reader = Reader(write_checkpoint(tmp_path / "checkpoints", model))
+    spec = spec_of(reader, "digits").sliced(Architecture(8, (), (2, 1), (8, 16)))
+    extraction.extract(reader, spec, tmp_path / "digits", {})
+    backbone = {"dim": 8, "heads": [2, 1], "head_dim": 8, "mlp_ratio": [1, 2]}
+    found = begun(make_recipe(backbone=backbone, init=str(tmp_path / "digits")))
+    model.architectures = {"digits": spec.architecture}
+    wanted = outputs_of(model, "digits", make_images())
+    for a, b in zip(wanted, outputs_of(found, "digits", make_images()), strict=True):
+        assert relative(b, a) < 1e-5
+
+
 def test_a_plan_knows_the_routes_of_a_run(tmp_path, run, capsys):
     """No router, and own copies that no task takes are not counted as computed."""
     recipe = learning(run)
@@ -210,7 +236,7 @@ def extracted_again(tmp_path, found, task):
 
 @pytest.mark.parametrize("route", ["shared", "own"])
 @pytest.mark.parametrize("task", CLASSES)
-@pytest.mark.parametrize("backbone", [{}, {"stem": [8, 12], "pool": "mean"}, {"stem": [8, 8]}])
+@pytest.mark.parametrize("backbone", [{}, {"stem": [8, 12], "pool": "mean"}, {"heads": 1, "head_dim": 4}, UNUSUAL])
 def test_an_extracted_model_goes_in_and_comes_out_again(tmp_path, backbone, task, route):
     """Every weight to the bit, but those in which a neck's statistics are."""
     model = make_model(make_recipe(backbone=backbone))
@@ -328,6 +354,17 @@ def test_another_head_than_the_models_is_refused(extracted):
     ]:  # fmt: skip
         with pytest.raises(UserError, match=rf"^model\.init [^\n]* {message}: make them equal$"):
             opening(wrong, NUM_CLASSES | {"digits": classes})
+
+
+def test_a_model_that_lacks_something_is_refused(tmp_path, extracted):
+    copied = shutil.copytree(extracted / "glyphs", tmp_path / "glyphs")
+    state = load_file(copied / "model.safetensors")
+    save_file({name: x for name, x in state.items() if name != "pooler.dense.bias"}, copied / "model.safetensors")
+    with pytest.raises(UserError, match=r"^model\.init [^\n]* has no elements of pooler\.dense\.bias, [^\n]* 16$"):
+        opening(make_recipe(init=str(copied), input=[24, 16]), NUM_CLASSES)
+    recipe = make_recipe(init=str(extracted / "glyphs"), input=[24, 16], backbone={"layer_norm_eps": 1e-5})
+    with pytest.raises(UserError, match=r"^model\.init [^\n]* has layer_norm_eps 1e-06, model\.backbone 1e-05: make"):
+        opening(recipe, NUM_CLASSES)
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ def test_trained_alone(recipe, tmp_path, capsys):
     plan.main(["--recipe", str(run / "recipe.yaml"), "--deepspeed", config, "--json"])
     planned = json.loads(capsys.readouterr().out)
     assert planned["parameters"]["all"] == sum(parameter.numel() for parameter in value.values())
+    assert planned["tasks"]["colours"]["path_parameters"] == planned["parameters"]["without_heads"]
     assert planned["fits"]
 
 

@@ -4,7 +4,7 @@ Every size is that of a leading slice: the first blocks, the first heads of a bl
 FFN, the first channels of all tokens and of the stem.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -163,6 +163,20 @@ class SearchSpace:
     def _uniform(self, level: int) -> Architecture:
         layers = [level] * self.depth[-1]
         return self.architecture([level] * 3, layers, layers)
+
+
+def subnets_of_step(model: Model, tasks: Iterable[str], seed: int, step: int) -> list[dict[str, Architecture]]:
+    """The subnets of every task that a step trains, on the same samples; a task that is not there: its whole path.
+
+    Random ones belong to (seed, step, task), the same on all ranks and in all micro-batches of the step.
+    """
+    elastic = model.elastic
+    if elastic is None:
+        return [{}]
+    space, sandwich = SearchSpace.of(model), elastic.sampling == "sandwich"
+    fixed = [{}, dict.fromkeys(tasks, space.smallest)] if sandwich else []
+    count = elastic.subnets - len(fixed)
+    return [*fixed, *({task: space.draw(seed, "subnet", step, task, i) for task in tasks} for i in range(count))]
 
 
 def _level(name: str, size: Any, choices: Sequence[Any]) -> int:

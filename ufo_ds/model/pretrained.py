@@ -58,10 +58,8 @@ def vit_start(recipe: Recipe, num_classes: Mapping[str, int]) -> Start:
     check_equal(recipe, _sizes_of(config), sizes_of(backbone), "model.backbone")
     size = [config.image_size] * 2 if isinstance(config.image_size, int) else config.image_size
     grid = size[0] // backbone.patch_size, size[1] // backbone.patch_size
-    for name, numel in _needed(backbone, grid):
-        if (found := checkpoint.numel(name)) != numel:
-            raise UserError(f"model.init {source!r} has {found or 'no'} elements of {name}, a ViT of its size {numel}")
-    head = _head(recipe, checkpoint, num_classes)
+    checkpoint.check(source, dict(_needed(backbone, grid)))
+    head = _head(recipe, config, checkpoint, num_classes)
     inputs = {"embed.shared": recipe.model.input or recipe.tasks[0].input}
     inputs |= {f"embed.own.{task.name}": task.input for task in recipe.tasks}
     grids = {unit: (h // backbone.patch_size, w // backbone.patch_size) for unit, (h, w) in inputs.items()}
@@ -137,14 +135,19 @@ class _Head:
         return (found + rows_CD.view(-1, self._dim).double() @ mean_D).float()
 
 
-def _head(recipe: Recipe, checkpoint: "_Checkpoint", num_classes: Mapping[str, int]) -> _Head | None:
+def _head(recipe: Recipe, config: ViTConfig, checkpoint: "_Checkpoint", num_classes: Mapping[str, int]) -> _Head | None:
     """Of the task that the recipe and an extracted model have both."""
-    file = Path(str(recipe.model.init)) / RECIPE
-    stored = recipe_file.load(str(file)).tasks if file.is_file() else []
+    file, backbone = Path(str(recipe.model.init)) / RECIPE, recipe.model.backbone
+    if not file.is_file():
+        return None
+    # Of other ViTs it may differ: the default of transformers makes no difference that matters.
+    eps = "layer_norm_eps"
+    check_equal(recipe, {eps: config.layer_norm_eps}, {eps: backbone.layer_norm_eps}, "model.backbone")
+    stored = recipe_file.load(str(file)).tasks
     pairs = [(task, theirs) for theirs in stored for task in recipe.tasks if task.name == theirs.name]
     if len(stored) != 1 or not pairs:
         return None
-    dim, [(task, theirs)] = recipe.model.backbone.dim, pairs
+    dim, [(task, theirs)] = backbone.dim, pairs
     wanted: dict[str, Any] = {"type": task.head.type, "neck": task.head.neck}
     found: dict[str, Any] = {"type": theirs.head.type, "neck": theirs.head.neck}
     if task.head.type == "linear":
@@ -155,6 +158,10 @@ def _head(recipe: Recipe, checkpoint: "_Checkpoint", num_classes: Mapping[str, i
         {key + of_task: value for key, value in found.items()},
         {key + of_task: value for key, value in wanted.items()},
     )
+    needed = {"classifier.weight": num_classes[task.name] * dim} if task.head.type == "linear" else {}
+    if task.head.type == "margin" or task.head.neck:
+        needed |= {"pooler.dense.weight": dim * dim, "pooler.dense.bias": dim}
+    checkpoint.check(file.parent, needed)
     return _Head(checkpoint, task, dim)
 
 
@@ -170,6 +177,17 @@ class _Checkpoint:
                 for pattern, replacement in _RENAMED:
                     name = re.sub(pattern, replacement, name)
                 self._stored[name] = opened.get_slice(stored)
+
+    def check(self, source: str | Path, needed: Mapping[str, int]) -> None:
+        """
+        Raises:
+            UserError: a tensor is not there, or has not as many elements.
+        """
+        for name, numel in needed.items():
+            if (found := self.numel(name)) != numel:
+                raise UserError(
+                    f"model.init {str(source)!r} has {found or 'no'} elements of {name}, a ViT of its size {numel}"
+                )
 
     def numel(self, name: str) -> int:
         return torch.Size(self._stored[name].get_shape()).numel() if name in self._stored else 0

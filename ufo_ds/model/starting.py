@@ -94,6 +94,11 @@ def _of_run(recipe: Recipe, num_classes: Mapping[str, int]) -> Start:
             "found: remove branch_at"
         )
     reader = Reader(checkpoint.of_run(Path(recipe.model.init)))
+    if reader.index.specs:
+        raise UserError(
+            f"model.init {recipe.model.init!r} holds subnets of {', '.join(reader.index.specs)}, no whole model: give "
+            f"the run that they are of, or extract one of them alone"
+        )
     theirs = reader.recipe
     _check_model(recipe, theirs)
     for task in recipe.tasks:

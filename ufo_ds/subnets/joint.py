@@ -68,6 +68,7 @@ def extract(reader: Reader, specs: list[SubnetSpec], out: Path, statistics: Stat
         classes=classes,
         routes={spec.task: routes_to(recipe.model.backbone.depth, spec) for spec in specs},
         licences={name: licences.of_task(reader.index, name) for name in licences.trained(reader.index, reader.recipe)},
+        started_from=reader.index.started_from,
         specs={spec.task: asdict(spec) for spec in specs},
         parameters={
             name: Parameter(list(shape), ["weight"], [(0, 0, shape.numel())]) for name, shape in shapes.items()

@@ -48,12 +48,12 @@ def _both(some: dict[str, list[str]], others: dict[str, list[str]]) -> dict[str,
 
 def _inherited(index: Index, recipe: Recipe) -> dict[str, list[str]]:
     """Of the images behind what another run starts from."""
-    found = {task: index.licences.get(task) or [UNKNOWN] for task in dict.fromkeys([*index.classes, *index.licences])}
+    found = {task: of_task(index, task) for task in trained(index, recipe)}
     if recipe.model.branch_at is not None:  # own copies have learned from the images of all tasks
-        everything = dict.fromkeys(licence for of_task in found.values() for licence in of_task)
+        everything = dict.fromkeys(licence for names in found.values() for licence in names)
         found = {task: list(everything) for task in found}
     if recipe.model.init is not None and not index.started_from:
-        found = {task: [*of_task, UNKNOWN] for task, of_task in found.items()}
+        found = {task: [*names, UNKNOWN] for task, names in found.items()}
     return found
 
 
