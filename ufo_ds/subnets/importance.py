@@ -15,8 +15,8 @@ and, where several tasks use a copy, the sum over their images.
 
 What the order is worth, on two supernets of ``open_small`` (six tasks, no subnets trained; one with everything shared,
 one with learned routes and stems of the tasks' own): the leading part of one kind is kept, and nothing trained after.
-Figures are 1 - correlation of the cosine similarities between test images before and after, mean of all tasks; Taylor is
-|activation x gradient of the loss| (Molchanov et al., 2019), random the mean of three:
+Figures are 1 - correlation of the cosine similarities between test images before and after, mean of all tasks. Taylor
+is |activation x gradient of the loss| (Molchanov et al., 2019), random the mean of three:
 
 ==============  ==========  =========  =========  ======  ========
 kept            as trained  random     magnitude  Taylor  variance
