@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.task_moe_step import DenseViT, LinearLoss, path_of
 from ufo_ds import recipe_file
 from ufo_ds.data.mixing import Batch, TaskBatch
+from ufo_ds.model.architecture import Architecture
 from ufo_ds.model.cost import path_cost
 from ufo_ds.model.supernet import Supernet
 from ufo_ds.recipe import Recipe
@@ -201,7 +202,7 @@ def take_turns(setting: Setting, bench: Bench, report: Callable[..., None]) -> N
         if r >= 1 and 2 * time.monotonic() - began > bench.end:
             break
     backbone = models["tasks_8"].recipe.model.backbone
-    flops = 3 * setting.images * path_cost(backbone, (setting.side, setting.side)).flops
+    flops = 3 * setting.images * path_cost(backbone, Architecture.of(backbone), (setting.side,) * 2).flops
     figures: dict[str, float] = {
         f"{setting.name}_images_a_step": setting.images,
         f"{setting.name}_rounds": len(taken["dense"]),

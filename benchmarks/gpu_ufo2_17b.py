@@ -24,6 +24,7 @@ from torch import Tensor
 from benchmarks.gpu_throughput import recompute, seconds
 from ufo_ds import recipe_file
 from ufo_ds.data.mixing import Batch, TaskBatch
+from ufo_ds.model.architecture import Architecture
 from ufo_ds.model.cost import path_cost
 from ufo_ds.model.supernet import Supernet
 from ufo_ds.recipe import Recipe
@@ -131,7 +132,8 @@ def summary(
     """Figures and bars of the steps so far; the first one warms up."""
     median = statistics.median(taken[1:] or taken)
     first, last = np.array(losses[0]), np.mean(losses[-5:], axis=0)
-    flops = 3 * path_cost(recipe.model.backbone, recipe.tasks[0].input).flops
+    backbone = recipe.model.backbone
+    flops = 3 * path_cost(backbone, Architecture.of(backbone), recipe.tasks[0].input).flops
     figures = {
         "steps": len(losses),
         "images_a_step": images,

@@ -30,6 +30,7 @@ import torch
 
 from ufo_ds import recipe_file
 from ufo_ds.errors import UserError
+from ufo_ds.model.architecture import Architecture
 from ufo_ds.model.cost import head_cost, path_cost
 from ufo_ds.model.parameters import address_of
 from ufo_ds.model.supernet import Supernet
@@ -105,7 +106,7 @@ class Published:
         backbone, size = recipe.model.backbone, recipe.tasks[0].input
         assert all(task.input == size for task in recipe.tasks)
         self.tokens = backbone.prefix + (size[0] // backbone.patch_size) * (size[1] // backbone.patch_size)
-        path = path_cost(backbone, size).flops
+        path = path_cost(backbone, Architecture.of(backbone), size).flops
         ffn = backbone.depth * 2 * 2 * self.tokens * backbone.dim * round(backbone.dim * backbone.mlp_ratio)
         assert 0.5 * path < ffn < path
         self.moved_flops = path if "attn" in recipe.model.experts else ffn  # where a task's ranks are

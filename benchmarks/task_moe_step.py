@@ -274,9 +274,11 @@ def measure_in_process(quick: bool) -> dict[str, list[float]]:
 def transformers_step(depth: int, images_BCHW: Tensor, direction_BD: Tensor) -> Callable[[int], None]:
     from transformers import ViTModel
 
+    from ufo_ds.model.architecture import Architecture
     from ufo_ds.model.dense import vit_config
 
-    config = vit_config(make_recipe(depth, [len(images_BCHW)], "shared"), "task0")
+    recipe = make_recipe(depth, [len(images_BCHW)], "shared")
+    config = vit_config(recipe, "task0", Architecture.of(recipe.model.backbone))
     model = ViTModel(config, add_pooling_layer=False).to(DEVICE, DTYPE).train()
 
     def step(_: int) -> None:

@@ -24,6 +24,7 @@ BACKBONE = {"dim": 64, "depth": 2, "heads": 4, "patch_size": 2}
         ({**BACKBONE, **STEM, "patch_size": 8}, "fp32", "none"),
         (BACKBONE, "fp32", 2),
         (BACKBONE, "bf16", "full"),
+        ({**BACKBONE, "heads": [6, 1], "head_dim": 20, "mlp_ratio": [1.5, 6]}, "fp32", "none"),
     ],
 )
 def test_as_autograd_keeps(backbone, precision, recompute, monkeypatch):

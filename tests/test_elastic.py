@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from tests.test_model import CLASSES, build, make_batch, make_images, make_recipe, relative, scrambled
 from ufo_ds import losses
-from ufo_ds.model.architecture import Architecture
+from ufo_ds.model.architecture import Architecture, SearchSpace
 from ufo_ds.model.heads import LOSSES
 from ufo_ds.model.supernet import Supernet
 from ufo_ds.recipe import only
@@ -87,14 +87,15 @@ def build_like(recipe):
     return model
 
 
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("name", SPACES)
 @pytest.mark.parametrize("count", [1, 17])
-def test_a_subnet_in_evaluation_is_the_model_of_its_slices(space, count):
-    recipe = make_elastic(space)
+def test_a_subnet_in_evaluation_is_the_model_of_its_slices(name, count):
+    recipe = make_elastic(name)
     model = scrambled(recipe).eval()
     images = make_images(recipe, count)
+    space = SearchSpace.of(recipe.model)
     for draw in range(6):
-        model.architectures = {task: model.space.draw(draw, task) for task in list(CLASSES)[draw % 3 : 4]}
+        model.architectures = {task: space.draw(draw, task) for task in list(CLASSES)[draw % 3 : 4]}
         with torch.no_grad():
             found = model(make_batch(images))
             for task, kept in model.architectures.items():
@@ -120,7 +121,7 @@ def test_a_step_is_the_mean_of_its_subnets_and_touches_only_their_slices(space, 
     subnets = model.subnets(3)
     assert len(subnets) == {"sandwich": 4, "random": 1}[sampling]
     if sampling == "sandwich":
-        assert subnets[:2] == [{}, dict.fromkeys(model.tasks, model.space.smallest)]
+        assert subnets[:2] == [{}, dict.fromkeys(model.tasks, SearchSpace.of(recipe.model).smallest)]
     wanted = torch.zeros_like(found)
     gradients = {name: torch.zeros_like(parameter).flatten() for name, parameter in model.named_parameters()}
     touched = {name: torch.zeros(parameter.numel(), dtype=torch.bool) for name, parameter in model.named_parameters()}
@@ -129,7 +130,7 @@ def test_a_step_is_the_mean_of_its_subnets_and_touches_only_their_slices(space, 
     original.load_state_dict(before)
     for i, architectures in enumerate(subnets):
         for row, task in enumerate(recipe.tasks):
-            kept = architectures.get(task.name, model.space.largest)
+            kept = architectures.get(task.name, SearchSpace.of(recipe.model).largest)
             small, places = small_model(original, task.name, kept)
             losses_1K = small.train()(make_batch({task.name: images[task.name]}, step=3))
             (losses_1K.sum() / len(subnets)).backward()
@@ -161,7 +162,7 @@ def test_smaller_subnets_learn_from_the_largest():
     for row, task in enumerate(recipe.tasks):
         logits, label_losses = [], []
         for architectures in model.subnets(0):
-            kept = architectures.get(task.name, model.space.largest)
+            kept = architectures.get(task.name, SearchSpace.of(recipe.model).largest)
             small, _ = small_model(model, task.name, kept)
             batch = make_batch({task.name: images[task.name]})
             label_losses.append(small.train()(batch)[0].sum())

@@ -11,7 +11,8 @@ from ufo_ds.checkpoint import Reader
 from ufo_ds.errors import UserError
 from ufo_ds.model.loading import spec_of
 from ufo_ds.model.spec import SubnetSpec
-from ufo_ds.subnets.licences import UNKNOWN, behind, check_commercial_use, permits_commercial_use
+from ufo_ds.recipe import only
+from ufo_ds.subnets.licences import UNKNOWN, Origin, behind, check_commercial_use, origin, permits_commercial_use
 
 LICENCES = {"digits": ["CC BY 4.0 (of somebody)", "MIT"], "glyphs": ["CC BY-NC 4.0"]}
 
@@ -68,6 +69,43 @@ def test_what_is_not_permitted_is_refused(reader):
     started = dataclasses.replace(reader.recipe, model=dataclasses.replace(reader.recipe.model, init="some/vit"))
     with pytest.raises(UserError, match=r"started from 'some/vit'"):
         check_commercial_use(reader.index, started, path_of(reader, "digits", "own"))
+
+
+def started(reader, tmp_path, licences, **about):
+    """The checkpoint of a run of one task that started from another run's."""
+    task_recipe = make_recipe(init=str(reader.directory))
+    licences, first = origin(licences, None, reader.directory)
+    path = write_checkpoint(tmp_path, make_model(task_recipe), licences=licences, started_from=first, **about)
+    return Reader(path)
+
+
+def test_a_run_inherits_the_licences_of_what_it_started_from(tmp_path, reader):
+    """Of all tasks, whether it goes on with them or not, and again of its own start."""
+    second = started(reader, tmp_path / "second", {"digits": ["CC0-1.0", "MIT"]})
+    wanted = {"digits": ["CC0-1.0", "MIT", "CC BY 4.0 (of somebody)"], "glyphs": LICENCES["glyphs"]}
+    assert origin({"digits": ["MIT"]}, second.index, None).started_from == str(reader.directory)
+    assert behind(second.index, only(second.recipe, ["digits"]), path_of(second, "digits", "shared")) == wanted
+    own = path_of(second, "digits", "own")
+    assert behind(second.index, second.recipe, own) == {"digits": wanted["digits"]}
+    check_commercial_use(second.index, second.recipe, own)
+    third = started(second, tmp_path / "third", {"digits": ["ISC"]}, step=11)
+    assert third.index.licences == {"digits": ["ISC", *wanted["digits"]], "glyphs": LICENCES["glyphs"]}
+    check_commercial_use(third.index, third.recipe, own)
+    with pytest.raises(UserError, match=r"'CC BY-NC 4\.0' of the images of glyphs"):
+        check_commercial_use(third.index, third.recipe, path_of(third, "digits", "shared"))
+    assert origin({"digits": ["MIT"]}, None, None) == Origin({"digits": ["MIT"]}, "")
+
+
+@pytest.mark.parametrize(
+    ("model", "inherited"), [({"init": "some/vit"}, [UNKNOWN]), ({"branch_at": 5}, ["CC BY-NC 4.0"])]
+)
+def test_what_was_mixed_in_before_stays_so(tmp_path, reader, model, inherited):
+    """A ViT of unknown images at the very beginning; a start from what all tasks had shared."""
+    first = write_checkpoint(tmp_path / "first", make_model(make_recipe(**model)), licences=LICENCES)
+    second = started(Reader(first), tmp_path / "second", {"digits": ["CC BY 4.0 (of somebody)"]})
+    assert second.index.licences["digits"] == [*LICENCES["digits"], *inherited]
+    with pytest.raises(UserError, match=f"the licence '{inherited[0]}' of the images of digits"):
+        check_commercial_use(second.index, second.recipe, path_of(second, "digits", "own"))
 
 
 def test_the_command_refuses_before_it_writes(tmp_path, reader):

@@ -10,6 +10,7 @@ from transformers import ViTConfig, ViTModel
 from ufo_ds import recipe_file
 from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.errors import UserError
+from ufo_ds.model.architecture import Architecture
 from ufo_ds.model.dense import vit_config, vit_weights
 from ufo_ds.model.heads import LOSSES
 from ufo_ds.model.packing import split
@@ -100,7 +101,7 @@ def pixels_of(images):
 
 
 def dense_vit(recipe, task):
-    config = vit_config(recipe, task)
+    config = vit_config(recipe, task, Architecture.of(recipe.model.backbone))
     config._attn_implementation = "eager"
     return ViTModel(config).eval()
 

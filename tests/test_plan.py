@@ -66,6 +66,18 @@ def test_recomputation_costs_a_forward_pass_and_saves_activations(capsys):
             assert after["memory"][key] == before["memory"][key]
 
 
+def test_a_step_of_several_subnets_costs_what_each_does(capsys):
+    whole = figures(capsys, "--world_size", "64")
+    two = figures(capsys, "--world_size", "64", "--model.elastic", "{depth: [16, 32], random: 0}")  # one of half depth
+    assert two["flops_per_step"] == pytest.approx(1.5 * whole["flops_per_step"], rel=5e-3)
+    drawn = figures(capsys, "--world_size", "64", "--model.elastic", "{depth: [16, 32], sampling: random}")
+    assert drawn["flops_per_step"] == pytest.approx(0.75 * whole["flops_per_step"], rel=5e-2)
+    for before, after, one in zip(whole["ranks"], two["ranks"], drawn["ranks"], strict=True):
+        kept = before["memory"]["activations"]
+        assert 1.85 * kept < after["memory"]["activations"] <= 2 * kept  # a bound; the heads' weights are there once
+        assert one["memory"] == before["memory"]
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -7,12 +7,10 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
-from tests.small_run import (
-    make_recipe,
-    relative,
-)
+from tests.small_run import CLASSES, make_recipe, relative
 from ufo_ds.errors import UserError
-from ufo_ds.model.pretrained import pretrained_values
+from ufo_ds.model.initialization import Start
+from ufo_ds.model.pretrained import vit_start
 from ufo_ds.model.supernet import Supernet, init_weights
 
 
@@ -28,6 +26,10 @@ def save_vit(directory, **changes):
     return vit.eval()
 
 
+def start_of(recipe) -> Start:
+    return vit_start(recipe, {name: len(names) for name, names in CLASSES.items()})
+
+
 @pytest.mark.parametrize("route", ["shared", "own"])
 def test_a_model_starts_as_the_pretrained_vit(tmp_path, route):
     vit = save_vit(tmp_path)
@@ -36,7 +38,7 @@ def test_a_model_starts_as_the_pretrained_vit(tmp_path, route):
     recipe = dataclasses.replace(recipe, tasks=tasks)
     with torch.device("meta"):
         model = Supernet(recipe, {"digits": 3})
-    init_weights(model, pretrained=pretrained_values(recipe))
+    init_weights(model, pretrained=start_of(recipe).values)
     generator = torch.Generator().manual_seed(0)
     for task in recipe.tasks:
         images = torch.randint(0, 256, (3, 3, *task.input), generator=generator).to(torch.uint8)
@@ -54,7 +56,7 @@ def test_a_task_named_shared_has_a_grid_of_its_own(tmp_path):
     vit = save_vit(tmp_path)
     recipe = make_recipe(init=str(tmp_path))
     recipe = dataclasses.replace(recipe, tasks=[recipe.tasks[0], dataclasses.replace(recipe.tasks[1], name="shared")])
-    value = pretrained_values(recipe)
+    value = start_of(recipe).values
     shared = value("embed.shared.position", torch.Size([5, 16]), range(80))
     assert torch.equal(shared.view(5, 16), vit.embeddings.position_embeddings[0])
     assert value("embed.own.shared.position", torch.Size([7, 16]), range(112)).shape == (112,)
@@ -76,7 +78,7 @@ def test_any_elements_are_those_of_the_vit(tmp_path, layout):
         vit = vit.to(torch.bfloat16)
         vit.save_pretrained(tmp_path)
     recipe = make_recipe(init=str(tmp_path))
-    value = pretrained_values(recipe)
+    value = start_of(recipe).values
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Supernet(recipe, {}).named_parameters() if "router" not in name}
     state = {name: x.float() for name, x in vit.state_dict().items()}
@@ -99,15 +101,15 @@ def test_a_checkpoint_that_lacks_something_is_refused(tmp_path):
     with pytest.raises(
         UserError, match=r"^model.init [^\n]* has no elements of layers.0.attention.q_proj.bias, [^\n]*16$"
     ):
-        pretrained_values(make_recipe(init=str(tmp_path)))
+        start_of(make_recipe(init=str(tmp_path)))
     save_vit(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"^model.init [^\n]*: damaged file: [^\n]*$"):
-        pretrained_values(make_recipe(init=str(tmp_path)))
+        start_of(make_recipe(init=str(tmp_path)))
     weights.rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"^model.init [^\n]* lacks model.safetensors[^\n]*save_pretrained[^\n]*$"):
-        pretrained_values(make_recipe(init=str(tmp_path)))
+        start_of(make_recipe(init=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -123,31 +125,26 @@ def test_a_checkpoint_that_lacks_something_is_refused(tmp_path):
 def test_a_vit_of_another_size_is_refused(tmp_path, changes, message):
     save_vit(tmp_path, **changes)
     with pytest.raises(UserError, match=f"^model.init [^\n]* {message}[^\n]*$"):
-        pretrained_values(make_recipe(init=str(tmp_path)))
+        start_of(make_recipe(init=str(tmp_path)))
 
 
-@pytest.mark.parametrize("backbone", [{"stem": [8, 16]}, {"pool": "mean"}])
-def test_a_backbone_that_is_no_stock_vit_starts_from_none(tmp_path, backbone):
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        ({"stem": [8, 16]}, r"has stem \[\], model.backbone \[8, 16\]"),
+        ({"pool": "mean"}, "has pool cls, model.backbone mean"),
+        ({"heads": 1, "head_dim": 4}, "has heads 2, model.backbone 1"),
+        ({"head_dim": 4}, "has head_dim 8, model.backbone 4"),
+        ({"heads": [2, 1], "head_dim": 8}, r"has heads 2, model.backbone \[2, 1\]"),
+        ({"mlp_ratio": [4.0, 2.0]}, r"has dim x mlp_ratio 64, model.backbone \[64, 32\]"),
+    ],
+)
+def test_a_backbone_that_is_no_stock_vit_starts_from_none(tmp_path, backbone, message):
     save_vit(tmp_path)
-    with pytest.raises(UserError, match=r"^model.init [^\n]*: leave model.init out, or stem and pool$"):
-        pretrained_values(make_recipe(init=str(tmp_path), backbone=backbone))
+    with pytest.raises(UserError, match=f"^model.init [^\n]* {message}: make them equal$"):
+        start_of(make_recipe(init=str(tmp_path), backbone=backbone))
 
 
 def test_what_is_no_vit_checkpoint_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"^model.init [^\n]* is no ViT checkpoint: [^\n]*$"):
-        pretrained_values(make_recipe(init=str(tmp_path)))
-
-
-@pytest.mark.parametrize("changes", [{"stem": [8]}, {"pool": "mean"}])
-def test_a_model_with_a_stem_or_without_a_class_token_does_not_start_from_a_vit(tmp_path, changes):
-    save_vit(tmp_path)
-    backbone = {"dim": 16, "depth": 2, "heads": 2, "patch_size": 8, **changes}
-
-    def start():
-        recipe = make_recipe(init=str(tmp_path), backbone=backbone)
-        with torch.device("meta"):
-            model = Supernet(recipe, {})
-        init_weights(model, pretrained=pretrained_values(recipe))
-
-    with pytest.raises(UserError, match=r"^[^\n]*model.init [^\n]*$"):
-        start()
+    with pytest.raises(UserError, match=r"^model.init [^\n]* is neither a run nor a ViT: [^\n]*$"):
+        start_of(make_recipe(init=str(tmp_path)))

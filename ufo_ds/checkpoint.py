@@ -51,7 +51,9 @@ class Index:
     balance: dict[str, Any] = field(default_factory=dict)  # what rates of sampling so far and to come follow from
     guard: dict[str, Any] = field(default_factory=dict)  # what steps were like, and which were left out
     licences: dict[str, list[str]] = field(default_factory=dict)  # per task, of the images it was trained on
+    started_from: str = ""  # the checkpoint of another run, whose licences are then among these
     metrics: dict[str, float] = field(default_factory=dict)
+    specs: dict[str, Any] = field(default_factory=dict)  # per task, of its path where that is less than the whole
     files: list[dict[str, Any]] = field(default_factory=list)  # name, bytes, sha256
     parameters: dict[str, Parameter] = field(default_factory=dict)
     buffers: dict[str, int] = field(default_factory=dict)  # name -> file number
@@ -160,11 +162,16 @@ class Reader:
                 out[low - start : high - start] = self._slice(file, f"{name}|{kind}", low - first, high - first)
         return out
 
+    def elements(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements ``start .. stop`` of a flattened parameter, fp32, as the model is meant to be used: of its moving
+        average if the checkpoint has one."""
+        kinds = self.index.parameters[name].kinds
+        return self.read(name, AVERAGE if AVERAGE in kinds else "weight", start, stop)
+
     def parameter(self, name: str) -> Tensor:
-        """A whole parameter, fp32: its moving average if the checkpoint has one, as the model is meant to be used."""
-        found = self.index.parameters[name]
-        shape = torch.Size(found.shape)
-        return self.read(name, AVERAGE if AVERAGE in found.kinds else "weight", 0, shape.numel()).view(shape)
+        """A whole parameter."""
+        shape = torch.Size(self.index.parameters[name].shape)
+        return self.elements(name, 0, shape.numel()).view(shape)
 
     def buffer(self, name: str) -> Tensor:
         """The same of a buffer."""
@@ -244,6 +251,17 @@ def publish(unfinished: Path, index: Index, files: Iterable[dict[str, Any]]) -> 
     Raises:
         RuntimeError: the pieces of a parameter do not tile it.
     """
+    write_index(unfinished, index, files)
+    final = unfinished.parent / name_of(index.step)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(unfinished, final)
+    _sync_directory(final.parent)
+    return final
+
+
+def write_index(directory: Path, index: Index, files: Iterable[dict[str, Any]]) -> None:
+    """Write the index of a directory whose files are on disk. For the errors see :func:`publish`."""
     index.files = list(files)
     for name, parameter in index.parameters.items():
         parameter.pieces.sort(key=lambda piece: piece[1])
@@ -256,14 +274,8 @@ def publish(unfinished: Path, index: Index, files: Iterable[dict[str, Any]]) -> 
             raise RuntimeError(f"checkpoint: {name} ends at element {position} of {parameter.shape}")
     values = json.loads(json.dumps({**asdict(index), "sha256": ""}))  # as it will be read
     values["sha256"] = hashlib.sha256(json.dumps(values).encode()).hexdigest()
-    write_text(unfinished / INDEX, json.dumps(values))
-    _sync_directory(unfinished)
-    final = unfinished.parent / name_of(index.step)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(unfinished, final)
-    _sync_directory(final.parent)
-    return final
+    write_text(directory / INDEX, json.dumps(values))
+    _sync_directory(directory)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 ufo evaluate runs/demo
 ufo evaluate runs/demo --task glyphs --pixels
 ufo evaluate glyphs-vit --recipe other.yaml --task glyphs    # benchmarks of another recipe
+ufo evaluate runs/demo --spec small.json        # a subnet of an elastic model
 ufo evaluate glyphs-vit --far 0.001             # also thresholds for "the same or not", kept with the model
 ufo evaluate runs/demo --audit audit/audit.json     # also without the test images that training has seen
 torchrun --nproc_per_node 8 ufo_ds/evaluate.py runs/big
@@ -19,7 +20,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # started by its path: the repository, not this folder, is where packages are found
@@ -36,11 +36,14 @@ from ufo_ds.evaluation import benchmarks, outcomes, overlap, thresholds
 from ufo_ds.evaluation.features import FeatureFiles, Kind, Predictions, TaskImages, open_images, predict
 from ufo_ds.evaluation.outcomes import Outcomes
 from ufo_ds.evaluation.pixels import nearest_neighbour_attributes, nearest_neighbour_scores, pixel_features
+from ufo_ds.model.loading import check_path, spec_of
+from ufo_ds.model.spec import SubnetSpec
 from ufo_ds.parallel import ranks, scoring
 from ufo_ds.parallel.launch import adopt_environment, finish_distributed, init_distributed
 from ufo_ds.parallel.placement import share
 from ufo_ds.recipe import Recipe, only
 from ufo_ds.subnets import calibration as calibrations
+from ufo_ds.subnets import recalibration
 from ufo_ds.subnets.calibration import Calibration
 from ufo_ds.subnets.dense_model import is_dense_model
 from ufo_ds.subnets.task_model import TaskModel, open_model, task_model
@@ -55,7 +58,7 @@ class Subject:
         recipe: that it was trained by; of a model, restricted to its task.
         classes: per task, the names behind the logits.
         step: of the training; None where that is not known.
-        keep: where what is found goes; None for a checkpoint outside of its run.
+        keep: where what is found goes; None for a checkpoint outside of its run, and for subnets.
         open: loads a task's model.
     """
 
@@ -75,6 +78,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--recipe", help="take the benchmarks from this recipe (tasks go by their names)")
     parser.add_argument("--task", action="append", help="only this task (may be given several times)")
     parser.add_argument("--benchmark", action="append", help="only this benchmark (may be given several times)")
+    parser.add_argument(
+        "--spec", type=Path, action="append", default=[], metavar="FILE",
+        help="only this subnet of the run, a SubnetSpec as JSON (may be given several times, once for a task)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--statistics", metavar="SOURCE",
+        help="with --spec, shards or a folder of training images for the statistics of its neck (default: the train "
+        "sets of the task)",
+    )  # fmt: skip
     parser.add_argument("--last", action="store_true", help="the last checkpoint instead of the best")
     parser.add_argument("--pixels", action="store_true", help="the floor instead: matching of 32x32 grey pixels")
     parser.add_argument(
@@ -97,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--far {far:g}: give a rate between 0 and 1, such as 0.001")
     if adopt_environment() > 1:
         init_distributed()
-    subject = _subject(options.run, options.last, options.device)
+    subject = _subject(options.run, options.last, options.device, options.spec, options.statistics)
     recipe = _evaluated(subject, options)
     images = open_images(recipe)
     left_out = overlap.left_out(options.audit, subject.recipe, recipe) if options.audit else {}
@@ -124,20 +136,41 @@ def main(argv: list[str] | None = None) -> None:
         finish_distributed()
 
 
-def _subject(path: Path, last: bool, device: str) -> Subject:
+def _subject(path: Path, last: bool, device: str, spec_files: list[Path], statistics: str | None) -> Subject:
+    """
+    Raises:
+        UserError: there is no such model or run, or it has not the subnets that are asked for.
+    """
     if is_dense_model(path):
+        if spec_files:
+            raise UserError(f"--spec {spec_files[0]} is for a run, {path} is a model: give the run it was cut out of")
         model = open_model(path, device=device)
         classes = {model.task: model.classes}
         return Subject(str(path), model.recipe, classes, None, path, lambda task: model)
     reader = checkpoint.Reader(checkpoint.of_run(path, "last" if last else "best"))
+    specs: dict[str, SubnetSpec] = {}
+    for file in spec_files:
+        spec = SubnetSpec.load(file)
+        if spec.task in specs:
+            raise UserError(f"--spec {file} is one more for task {spec.task!r}: evaluate them one after the other")
+        check_path(reader, spec)
+        specs[spec.task] = spec
+    if statistics is not None and len(specs) != 1:
+        raise UserError(f"--statistics {statistics} is for the subnet of one task: give one --spec")
+    recipe = only(reader.recipe, list(specs)) if specs else reader.recipe
+
+    def open_task(task: str) -> TaskModel:
+        pixels = None if statistics is None else recalibration.training_pixels(recipe, task, statistics)
+        return task_model(reader, path, specs.get(task) or spec_of(reader, task), device, pixels)
+
     checkpoints = reader.directory.resolve().parent
     return Subject(
-        f"{path}, step {reader.index.step}",
-        reader.recipe,
+        ", ".join([f"{path}, step {reader.index.step}", *(spec.name for spec in specs.values())]),
+        recipe,
         reader.index.classes,
         reader.index.step,
-        checkpoints.parent if checkpoints.name == "checkpoints" else None,
-        partial(task_model, reader, path, device=device),
+        checkpoints.parent if checkpoints.name == "checkpoints" and not specs else None,
+        open_task,
     )
 
 

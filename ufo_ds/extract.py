@@ -1,11 +1,14 @@
-"""Cut one task out of a run as a dense Hugging Face model.
+"""Cut one task out of a run as a dense Hugging Face model, or several that share weights.
 
 ufo extract runs/demo --task glyphs --out glyphs-vit --verify
+ufo extract runs/demo --task glyphs --spec small.json --out glyphs-small    # a subnet of an elastic model
+ufo extract runs/demo --task digits --task glyphs --out both    # for ufo evaluate, predict and extract
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from ufo_ds import checkpoint
 from ufo_ds.data.shard_specs import is_here
@@ -22,9 +25,20 @@ def main(argv: list[str] | None = None) -> None:
         prog="ufo extract", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="a run directory (its best checkpoint), or one checkpoint")
-    parser.add_argument("--task", required=True, help="the task to cut out")
+    parser.add_argument(
+        "--task", required=True, action="append",
+        help="the task to cut out; of several, by --task A --task B, one directory holds once what they share",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="directory to make")
-    parser.add_argument("--spec", type=Path, help="a SubnetSpec as JSON (default: the routes of the run)")
+    parser.add_argument(
+        "--spec", type=Path, action="append", default=[], metavar="FILE",
+        help="a subnet's SubnetSpec as JSON, one for a task (default: the whole path)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--statistics", metavar="SOURCE",
+        help="shards or a folder of training images for the statistics of a smaller subnet's neck (default: the train "
+        "sets of the task)",
+    )  # fmt: skip
     parser.add_argument("--allow", choices=["commercial"], help="refuse what the images' licences do not permit")
     parser.add_argument("--verify", action="store_true", help="compare with the supernet on image files")
     parser.add_argument("--images", type=Path, nargs="+", help="files to verify with (default: of the benchmarks)")
@@ -32,29 +46,67 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
 
     reader = checkpoint.Reader(checkpoint.of_run(options.run))
-    spec = SubnetSpec.load(options.spec) if options.spec else spec_of(reader, options.task)
-    if spec.task != options.task:
-        raise UserError(f"--spec {options.spec} is for task {spec.task!r}, --task is {options.task!r}")
+    specs = _specs(reader, options.task, options.spec)
+    if options.statistics is not None and len(specs) > 1:
+        raise UserError(f"--statistics {options.statistics} is for the subnet of one task: give one --task")
     if options.allow is not None:
-        licences.check_commercial_use(reader.index, reader.recipe, spec)
-    images = _images(reader.recipe, options.task, options.images) if options.verify else []
+        for spec in specs:
+            licences.check_commercial_use(reader.index, reader.recipe, spec)
+    is_one = len(specs) == 1
+    images = _images(reader.recipe, specs[0].task, options.images) if options.verify and is_one else []
 
     from transformers.utils import logging  # takes seconds to import
 
-    from ufo_ds.subnets import extraction
+    from ufo_ds.subnets import extraction, joint, recalibration
 
     logging.set_verbosity_error()  # its loading report lists the half of the file that the other class reads
     logging.disable_progress_bar()
 
-    parameters = extraction.extract(reader, spec, options.out)
-    result = {"task": spec.task, "out": str(options.out), "step": reader.index.step, "parameters": parameters}
-    if options.verify:
-        result["max_difference"] = extraction.verify(reader, spec, options.out, images)["max_difference"]
+    pixels = None
+    if options.statistics is not None:
+        pixels = recalibration.training_pixels(reader.recipe, specs[0].task, options.statistics)
+    statistics: dict[str, Any] = {}
+    for spec in specs:
+        statistics |= recalibration.statistics(reader, spec, pixels, progress=True)
+    result: dict[str, Any] = {"out": str(options.out), "step": reader.index.step}
+    if is_one:
+        result |= {"task": specs[0].task, "spec": specs[0].name}
+        result["parameters"] = extraction.extract(reader, specs[0], options.out, statistics)
+    else:
+        result |= {"specs": {spec.task: spec.name for spec in specs}}
+        result["parameters"] = joint.extract(reader, specs, options.out, statistics)
+    checked = ""
+    if options.verify and is_one:
+        found = extraction.verify(reader, specs[0], options.out, images, statistics)
+        result["max_difference"] = found["max_difference"]
+        checked = f", differs from the supernet by {found['max_difference']:.1e} at most"
+    elif options.verify:
+        joint.verify(reader, specs, options.out, statistics)
+        result["max_difference"] = 0.0
+        checked = ", the weights of each are those of the run to the bit"
     if options.json:
         print(json.dumps(result))
     else:
-        checked = f", differs from the supernet by {result['max_difference']:.1e} at most" if options.verify else ""
-        print(f"{options.out}: {spec.task}, {parameters / 1e6:.2f} M parameters, step {reader.index.step}{checked}")
+        names = ", ".join(spec.task for spec in specs)
+        size = f"{result['parameters'] / 1e6:.2f} M parameters"
+        print(f"{options.out}: {names}, {size}, step {reader.index.step}{checked}")
+
+
+def _specs(reader: checkpoint.Reader, tasks: list[str], files: list[Path]) -> list[SubnetSpec]:
+    """Of every task, the one of a file or else the run's.
+
+    Raises:
+        UserError: a task that the checkpoint lacks, or one that comes twice, or a file of another task.
+    """
+    given: dict[str, SubnetSpec] = {}
+    for file in files:
+        spec = SubnetSpec.load(file)
+        if spec.task not in tasks:
+            raise UserError(f"--spec {file} is for task {spec.task!r}, --task is {', '.join(map(repr, tasks))}")
+        if spec.task in given:
+            raise UserError(f"--spec {file} is one more for task {spec.task!r}: give one of each")
+        given[spec.task] = spec
+    return [given.get(task) or spec_of(reader, task) for task in dict.fromkeys(tasks)]
 
 
 def _images(recipe: Recipe, task: str, files: list[Path] | None, count: int = 32) -> list[bytes]:

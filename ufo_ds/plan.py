@@ -18,7 +18,9 @@ from ufo_ds import recipe_file
 from ufo_ds.data import demo_shards
 from ufo_ds.data.source import open_sources
 from ufo_ds.errors import UserError
+from ufo_ds.model.architecture import Architecture
 from ufo_ds.model.cost import head_cost, path_cost
+from ufo_ds.model.starting import opening, starts_from_run
 from ufo_ds.parallel import config as configs
 from ufo_ds.parallel import machines
 from ufo_ds.parallel.machines import GIB, GPUS
@@ -58,6 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     recipe, values = recipe_file.load(options.recipe, overrides), configs.load(options.deepspeed)
     config = configs.resolve(on_gpus(values), options.deepspeed, recipe, world_size)
     recipe, num_classes = _with_classes(recipe, config.accumulation)
+    if starts_from_run(recipe):  # its routes are found
+        recipe, _ = opening(recipe, num_classes)
     planner = Planner(recipe, num_classes, values, options.deepspeed, GPUS[options.gpu], gpus_per_node)
     plan = planner.plan(world_size)
     remedies = [] if plan.fits else planner.what_fits(world_size)
@@ -97,7 +101,7 @@ def _figures(
     backbone, counts = recipe.model.backbone, planner.models.whole
     tasks = {}
     for task in recipe.tasks:
-        path = path_cost(backbone, task.input)
+        path = path_cost(backbone, Architecture.of(backbone), task.input)
         head = head_cost(task, backbone.dim, num_classes[task.name])
         tasks[task.name] = {
             "own_parameters": counts.get(f"own {task.name}", 0),

@@ -130,12 +130,18 @@ class Elastic:
     heads: list[Positive] = dataclasses.field(default_factory=list)  # of each block
     mlp_ratio: list[Ratio] = dataclasses.field(default_factory=list)  # of each block, times the subnet's dim
     # "sandwich": the largest, the smallest and `random` others of each task in every step (Yu and Huang, 2019);
-    # "random": one of each task.
+    # "random": one of each task, as published. The running statistics of necks then mix all sizes: evaluation while
+    # training is of little use; `ufo evaluate` and what cuts subnets out find them anew.
     sampling: Literal["sandwich", "random"] = "sandwich"
     random: Annotated[int, Field(ge=0)] = 1
     # Share of the loss of the smaller ones that is the divergence from what the largest says of the same images
     # (in-place distillation: Yu et al., 2020); the rest is the loss of the labels.
     distillation: Share = 0.5
+
+    @property
+    def subnets(self) -> int:
+        """How many of each task a step trains."""
+        return 1 if self.sampling == "random" else 2 + self.random
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
@@ -156,7 +162,9 @@ class Model:
     # Blocks of which only the input is kept for the backward pass, which computes them again (Chen et al., 2016): none,
     # all ("full"), or every n-th, from the first on.
     activation_checkpointing: Literal["none", "full"] | int = "none"
-    init: str | None = None  # a Hugging Face ViT checkpoint (directory or hub id) to start from
+    # To start from: a run directory or checkpoint (all that it holds of the recipe's tasks, learned routes decided as
+    # they are there), a model of `ufo extract`, or any Hugging Face ViT (directory or hub id).
+    init: str | None = None
 
     @field_validator("activation_checkpointing", mode="before")
     @classmethod
@@ -164,6 +172,11 @@ class Model:
         if value not in ("none", "full") and (type(value) is not int or value < 2):
             raise ValueError(f'{value!r} is neither "none" nor "full" nor a whole number from 2, for every n-th block')
         return value
+
+    @property
+    def subnets(self) -> int:
+        """How many of each task a step trains, the whole among them."""
+        return 1 if self.elastic is None else self.elastic.subnets
 
     @property
     def recomputed_blocks(self) -> range:

@@ -2,6 +2,7 @@
 
     deepspeed ufo_ds/train.py --deepspeed ds_configs/moe.json
     deepspeed --num_gpus 8 ufo_ds/train.py --deepspeed ds_configs/moe.json --recipe my.yaml --run_dir runs/my
+    deepspeed ... --recipe my_elastic.yaml --model.init runs/my     # from what runs/my has trained, routes included
 
 Also under torchrun, accelerate launch and srun, or alone for one process. The same command again goes on from the last
 checkpoint of the run directory. Any value of the recipe can be set: --seed 1, --section.key VALUE, and a task's as

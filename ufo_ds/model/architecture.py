@@ -4,8 +4,9 @@ Every size is that of a leading slice: the first blocks, the first heads of a bl
 FFN, the first channels of all tokens and of the stem.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -63,12 +64,13 @@ class Architecture:
         return cls(values["dim"], *(tuple(values[key]) for key in keys[1:]))
 
     def fits(self, largest: "Architecture") -> bool:
-        """Whether this is a slice of another."""
+        """Whether this is a slice of another; its stem has to change the number of channels where the other does."""
         pairs = [(self.stem, largest.stem), (self.heads, largest.heads), (self.hidden, largest.hidden)]
         return (
             self.dim <= largest.dim
             and self.depth <= largest.depth
             and len(self.stem) == len(largest.stem)
+            and [a == b for a, b in pairwise([3, *self.stem])] == [a == b for a, b in pairwise([3, *largest.stem])]
             and all(a <= b for mine, theirs in pairs for a, b in zip(mine, theirs, strict=False))
         )
 
@@ -161,6 +163,20 @@ class SearchSpace:
     def _uniform(self, level: int) -> Architecture:
         layers = [level] * self.depth[-1]
         return self.architecture([level] * 3, layers, layers)
+
+
+def subnets_of_step(model: Model, tasks: Iterable[str], seed: int, step: int) -> list[dict[str, Architecture]]:
+    """The subnets of every task that a step trains, on the same samples; a task that is not there: its whole path.
+
+    Random ones belong to (seed, step, task), the same on all ranks and in all micro-batches of the step.
+    """
+    elastic = model.elastic
+    if elastic is None:
+        return [{}]
+    space, sandwich = SearchSpace.of(model), elastic.sampling == "sandwich"
+    fixed = [{}, dict.fromkeys(tasks, space.smallest)] if sandwich else []
+    count = elastic.subnets - len(fixed)
+    return [*fixed, *({task: space.draw(seed, "subnet", step, task, i) for task in tasks} for i in range(count))]
 
 
 def _level(name: str, size: Any, choices: Sequence[Any]) -> int:

@@ -1,10 +1,12 @@
-"""A dense path that transformers' ``ViTModel`` has no room for, with a stem or mean pooling, as its models go.
+"""A dense path that transformers' ``ViTModel`` has no room for, with blocks that differ, a stem or mean pooling, as its
+models go.
 
 Importing this module registers the classes, the way transformers documents for models outside of it, so that
 ``AutoModel`` and ``AutoModelForImageClassification`` load such a directory. Blocks, pooler and parameter names are
 those of transformers' ViT; ``embeddings.patch_embeddings.stem`` is what it does not have.
 """
 
+import copy
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -23,13 +25,43 @@ from ufo_ds.recipe_model import stem_stride
 
 @strict
 class UfoViTConfig(ViTConfig):
-    """A ``ViTConfig``, and of the recipe's backbone the channels of the ``stem`` and what is pooled."""
+    """A ``ViTConfig``, and of the recipe's backbone the channels of the ``stem`` and what is pooled.
+
+    Where blocks differ, ``heads`` are their attention heads and ``hidden`` the widths of their FFNs, one of each for
+    every block, which count in place of ``num_attention_heads`` and ``intermediate_size``; otherwise both are empty.
+    """
 
     model_type = "ufo_vit"
 
     patch_size: int = 16
     stem: list[int] | tuple[int, ...] = ()
     pool: Literal["cls", "mean"] = "mean"
+    heads: list[int] | tuple[int, ...] = ()
+    hidden: list[int] | tuple[int, ...] = ()
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        for name, of_blocks in (("heads", self.heads), ("hidden", self.hidden)):
+            if of_blocks and len(of_blocks) != self.num_hidden_layers:
+                raise ValueError(f"{len(of_blocks)} {name} for {self.num_hidden_layers} blocks: give one for each")
+
+    def layers(self) -> "list[UfoViTConfig]":
+        """Of every block a config of its sizes."""
+        blocks = [copy.copy(self) for _ in range(self.num_hidden_layers)]
+        for block, heads in zip(blocks, self.heads, strict=False):
+            block.num_attention_heads = heads
+        for block, hidden in zip(blocks, self.hidden, strict=False):
+            block.intermediate_size = hidden
+        return blocks
+
+
+class UfoViTLayer(ViTLayer):
+    """A block by a config of its sizes; for what may change later, such as how attention is computed, it asks
+    ``model_config``."""
+
+    def __init__(self, config: UfoViTConfig, model_config: UfoViTConfig):
+        super().__init__(config)
+        self.attention.config = self.mlp.config = model_config
 
 
 class UfoViTPatchEmbeddings(nn.Module):
@@ -80,7 +112,7 @@ class UfoViTEmbeddings(nn.Module):
 
 class UfoViTPreTrainedModel(ViTPreTrainedModel):
     config: UfoViTConfig
-    _no_split_modules = ["UfoViTEmbeddings", "ViTLayer"]  # noqa: RUF012 (as transformers declares it)
+    _no_split_modules = ["UfoViTEmbeddings", "UfoViTLayer"]  # noqa: RUF012 (as transformers declares it)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -101,7 +133,7 @@ class UfoViTModel(UfoViTPreTrainedModel):
     def __init__(self, config: UfoViTConfig, add_pooling_layer: bool = True):
         super().__init__(config)
         self.embeddings = UfoViTEmbeddings(config)
-        self.layers = nn.ModuleList(ViTLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(UfoViTLayer(layer, config) for layer in config.layers())
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.pooler = ViTPooler(config) if add_pooling_layer else None
         self.post_init()

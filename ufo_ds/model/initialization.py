@@ -3,8 +3,10 @@ number, and the same whatever is asked for beside them."""
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,6 +18,25 @@ from ufo_ds.seeding import normal_elements, uniform_elements
 # (name, shape, elements of the flattened parameter) -> their values
 Values = Callable[[str, torch.Size, range], Tensor]
 Pretrained = Callable[[str, torch.Size, range], Tensor | None]  # None: no value of this parameter
+
+
+@dataclass(frozen=True)
+class Start:
+    """What training starts from in place of drawn values.
+
+    Attributes:
+        values: of parameters, any elements of them.
+        words: what it is, for people.
+        buffers: running statistics of necks, by name.
+        routes: of every task, per unit and layer; none where the recipe's stand.
+        checkpoint: which of a run it is.
+    """
+
+    values: Pretrained
+    words: str
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    routes: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    checkpoint: Path | None = None
 
 
 def start_values(recipe: Recipe, pretrained: Pretrained | None = None) -> Values:

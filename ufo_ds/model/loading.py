@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ufo_ds.checkpoint import Reader
+from ufo_ds.checkpoint import INDEX, Reader
 from ufo_ds.errors import UserError
 from ufo_ds.model.architecture import Architecture, SearchSpace
 from ufo_ds.model.router import Place
@@ -16,7 +16,8 @@ from ufo_ds.recipe_model import number_of_routes
 
 
 def load_supernet(reader: Reader, specs: list[SubnetSpec], device: torch.device | str = "cpu") -> Supernet:
-    """The part of a checkpoint's supernet that some tasks need, on the given paths, in evaluation mode.
+    """The part of a checkpoint's supernet that some tasks need, on the given paths, in evaluation mode. The statistics
+    of necks are those in the checkpoint.
 
     Raises:
         UserError: a task that the checkpoint lacks.
@@ -28,24 +29,32 @@ def load_supernet(reader: Reader, specs: list[SubnetSpec], device: torch.device 
         recipe = _with_routes(recipe, spec)
     with torch.device("meta"):
         model = Supernet(recipe, {task: len(reader.index.classes[task]) for task in tasks})
+    model.architectures = {spec.task: spec.architecture for spec in specs}
     model.to_empty(device=device)
     model.fill_constants()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(reader.parameter(name))
+            if name in reader.index.parameters:
+                parameter.copy_(reader.parameter(name))
+            else:  # several tasks' subnets come without copies that none of them takes
+                parameter.zero_()
         for name, buffer in model.named_buffers():
             if name in reader.index.buffers:
-                buffer.copy_(reader.buffer(name))
+                value = reader.buffer(name)  # of a narrower subnet the leading ones
+                buffer[: len(value)].copy_(value)
     return model.eval()
 
 
 def spec_of(reader: Reader, task: str) -> SubnetSpec:
-    """A task's path in a checkpoint: routes still being learned go to the more probable copy.
+    """A task's path in a checkpoint, the whole one unless that has less of it. Routes still being learned go to the
+    more probable copy.
 
     Raises:
         UserError: a task that the checkpoint lacks.
     """
     recipe = only(reader.recipe, [task])
+    if task in reader.index.specs:
+        return SubnetSpec.from_values(reader.index.specs[task], str(reader.directory / INDEX))
     routes = {unit: list(layers) for unit, layers in reader.index.routes[task].items()}
     # The router's rows are the routes that the recipe left to learning, in its order, frozen or not.
     asked: list[Place] = [
@@ -63,10 +72,10 @@ def spec_of(reader: Reader, task: str) -> SubnetSpec:
 def check_path(reader: Reader, spec: SubnetSpec) -> None:
     """
     Raises:
-        UserError: the path is no slice of the model, or outside of what its elastic sizes may be, or takes an own copy
-            of a unit without experts.
+        UserError: the checkpoint lacks the task; the path is no slice of the model, or outside of what its elastic
+            sizes may be, or takes an own copy of a unit without experts.
     """
-    model = reader.recipe.model
+    model = only(reader.recipe, [spec.task]).model
     if not spec.architecture.fits(whole := Architecture.of(model.backbone)):
         raise UserError(f"spec of {spec.task}: {spec.architecture} is no slice of this model, {whole}")
     if model.elastic is not None:
@@ -82,8 +91,18 @@ def check_path(reader: Reader, spec: SubnetSpec) -> None:
             raise UserError(f"spec of {spec.task}: {unit} is own, but this model has only a shared {unit}")
 
 
+def routes_to(depth: int, spec: SubnetSpec) -> dict[str, list[str]]:
+    """The routes of a path through a model of so many blocks. Those of blocks left out do not matter."""
+    routes = {unit: list(layers) for unit, layers in spec.routes.items()}
+    left_out = ["shared"] * (depth - spec.architecture.depth)
+    routes["attn"] += left_out
+    routes["ffn"] += left_out
+    routes["norm"][-1:-1] = left_out  # the last one is that of the final norm
+    return routes
+
+
 def _with_routes(recipe: Recipe, spec: SubnetSpec) -> Recipe:
     """Learned routes are decided by now: no router is needed."""
-    routes: dict[Any, Any] = {unit: list(layers) for unit, layers in spec.routes.items()}
+    routes: dict[Any, Any] = {**routes_to(recipe.model.backbone.depth, spec)}
     tasks = [dataclasses.replace(t, routes=routes) if t.name == spec.task else t for t in recipe.tasks]
     return dataclasses.replace(recipe, tasks=tasks)

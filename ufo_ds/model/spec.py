@@ -1,7 +1,9 @@
 """SubnetSpec: the one description of a dense path through the supernet."""
 
+import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,3 +87,17 @@ def routes_of(recipe: Recipe, task: str) -> dict[str, tuple[str, ...]]:
         layers = number_of_routes(unit, model.backbone.depth)
         routes[unit] = tuple(route) if isinstance(route, list) else (route,) * layers
     return routes
+
+
+def with_routes(recipe: Recipe, found: Mapping[str, Mapping[str, Sequence[str]]]) -> Recipe:
+    """The recipe with ``found[task][unit]`` in place of its learned routes, where it has as many layers."""
+    tasks = []
+    for task in recipe.tasks:
+        routes: dict[Any, Any] = dict(task.routes)
+        for unit, asked in routes_of(recipe, task.name).items():
+            layers = found.get(task.name, {}).get(unit, asked)
+            if len(layers) == len(asked):
+                decided = tuple(b if a == "learned" else a for a, b in zip(asked, layers, strict=True))
+                routes |= {unit: list(decided)} if decided != asked else {}
+        tasks.append(dataclasses.replace(task, routes=routes))
+    return dataclasses.replace(recipe, tasks=tasks)

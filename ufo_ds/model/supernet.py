@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.errors import UserError
 from ufo_ds.model import classifiers
-from ufo_ds.model.architecture import Architecture, SearchSpace
+from ufo_ds.model.architecture import Architecture, subnets_of_step
 from ufo_ds.model.block import Block
 from ufo_ds.model.elastic import narrow
 from ufo_ds.model.experts import LEARNED, OWN, SHARED, RoutedUnit
@@ -67,7 +67,6 @@ class Supernet(nn.Module):
         model, backbone = recipe.model, recipe.model.backbone
         self.tasks = {task.name: task for task in recipe.tasks}
         self.routes = self.routes_of_recipe()
-        self.space = None if model.elastic is None else SearchSpace.of(model)
         self.architectures: dict[str, Architecture] = {}  # of tasks that in evaluation take less than their whole path
         self.register_buffer("mean", torch.empty(3, 1, 1), persistent=False)  # of pixels in 0..255
         self.register_buffer("std", torch.empty(3, 1, 1), persistent=False)
@@ -204,18 +203,8 @@ class Supernet(nn.Module):
         )
 
     def subnets(self, step: int) -> list[dict[str, Architecture]]:
-        """The subnets of every task that a step trains, of the same samples; a task that is not there: its whole path.
-
-        Random ones belong to (seed, step, task), the same on all ranks and in all micro-batches of the step.
-        """
-        elastic, space = self.recipe.model.elastic, self.space
-        if elastic is None or space is None:
-            return [{}]
-        count = 1 if elastic.sampling == "random" else elastic.random
-        drawn = [
-            {name: space.draw(self.recipe.seed, "subnet", step, name, i) for name in self.tasks} for i in range(count)
-        ]
-        return drawn if elastic.sampling == "random" else [{}, dict.fromkeys(self.tasks, space.smallest), *drawn]
+        """See :func:`subnets_of_step`."""
+        return subnets_of_step(self.recipe.model, self.tasks, self.recipe.seed, step)
 
     def segment(self, task: str, images: Tensor) -> Segment:
         """Of all images ``[B, 3, H, W]`` of a task, on its path."""

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ufo_ds.checkpoint import (
+    AVERAGE,
     Damaged,
     Index,
     Parameter,
@@ -28,6 +29,7 @@ from ufo_ds.checkpoint import (
     write_tensors,
 )
 from ufo_ds.errors import UserError
+from ufo_ds.model.initialization import Start
 from ufo_ds.parallel import ranks
 from ufo_ds.parallel.averages import head_buffers
 from ufo_ds.parallel.engine import Engine
@@ -229,6 +231,33 @@ def _fault(path: Path) -> str | None:
     except OSError as error:
         fault = f"{path} cannot be read ({error.strerror})"
     return next((found for found in ranks.from_all(fault) if found is not None), None)
+
+
+def check_whole(path: Path) -> None:
+    """Every rank calls it, and reads a part of the files.
+
+    Raises:
+        Damaged: naming a file that is not as it was written, on all ranks alike.
+    """
+    if (fault := _fault(path)) is not None:
+        raise Damaged(fault)
+
+
+def begin(engine: Engine, start: Start) -> None:
+    """Give this rank what training starts from and construction did not: the necks' statistics and, where parameters
+    are bf16, what that rounds off their fp32 partitions."""
+    for held in (head_buffers(engine), engine.buffer_averages.values):
+        for name in held.keys() & start.buffers.keys():
+            held[name].copy_(start.buffers[name])
+    if engine.config.precision != "bf16":
+        return
+    for piece in parameter_slices(engine):
+        stop = piece.start + piece.length
+        found = start.values(piece.name, torch.Size(piece.shape), range(piece.start, stop)) if piece.length else None
+        if found is not None:
+            piece.of(piece.flat).copy_(found)
+            if (average := optimizer_state(engine, piece.flat).get(AVERAGE)) is not None:
+                piece.of(average).copy_(found)
 
 
 def load(engine: Engine, directory: Path) -> Index:

@@ -11,6 +11,7 @@ A placement is not part of a checkpoint, and which samples a task draws does not
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ufo_ds.model.architecture import Architecture
 from ufo_ds.model.cost import head_cost, path_cost
 from ufo_ds.parallel.partition import EVEN, partition
 from ufo_ds.recipe import Recipe
@@ -109,7 +110,8 @@ def work_of(recipe: Recipe, num_classes: Mapping[str, int], accumulation: int) -
     work = {}
     for task in recipe.tasks:
         head = head_cost(task, backbone.dim, num_classes[task.name]).flops
-        flops = path_cost(backbone, task.input).flops + round(head * task.head.sampled_negatives)
+        path = path_cost(backbone, Architecture.of(backbone), task.input)
+        flops = path.flops + round(head * task.head.sampled_negatives)
         samples = task.samples_per_step // accumulation
         work[task.name] = Work(samples, flops, num_classes[task.name], task.head.sharded)
     return work

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ufo_ds.errors import UserError
+from ufo_ds.model.architecture import Architecture, subnets_of_step
 from ufo_ds.model.cost import block_cost, head_cost, path_cost
 from ufo_ds.model.spec import UNITS, routes_of
 from ufo_ds.parallel import config as configs
@@ -21,6 +22,7 @@ from ufo_ds.recipe import Recipe
 from ufo_ds.subnets.activations import PRECISIONS, kept_by_head, kept_of_recomputed, kept_per_image
 
 BACKWARD = 2  # times the FLOPs of the forward pass
+STEPS = 100  # of an elastic model, whose subnets are averaged
 MOST_MICRO_BATCHES, MOST_TIMES_THE_RANKS = 64, 32  # as far as settings that fit are looked for
 
 
@@ -100,12 +102,19 @@ class Planner:
         self.gpu, self.gpus_per_node = gpu, gpus_per_node
         self.values = on_gpus(values)
         self.models = RankModels(recipe, num_classes)
-        backbone, again = recipe.model.backbone, len(recipe.model.recomputed_blocks)
-        self.flops = {}  # of an image in a step
-        for task in recipe.tasks:
-            head = head_cost(task, backbone.dim, num_classes[task.name])
-            once = (path_cost(backbone, task.input) + head).flops
-            self.flops[task.name] = (1 + BACKWARD) * once + again * block_cost(backbone, task.input).flops
+        backbone = recipe.model.backbone
+        names = [task.name for task in recipe.tasks]
+        steps = range(STEPS if recipe.model.elastic else 1)
+        drawn = [subnets_of_step(recipe.model, names, recipe.seed, step) for step in steps]
+        self.flops = dict.fromkeys(names, 0)  # of an image in a step
+        for task, of_step in itertools.product(recipe.tasks, drawn):
+            for of_tasks in of_step:
+                path = of_tasks.get(task.name, Architecture.of(backbone))
+                head = head_cost(task, path.dim, num_classes[task.name])
+                once = (path_cost(backbone, path, task.input) + head).flops
+                recomputed = [i for i in recipe.model.recomputed_blocks if i < path.depth]
+                again = sum(block_cost(backbone, path, i, task.input).flops for i in recomputed)
+                self.flops[task.name] += ((1 + BACKWARD) * once + again) // len(drawn)
 
     def plan(self, world_size: int) -> Plan:
         """
@@ -246,15 +255,16 @@ class Planner:
 
     def _activations(self, config: DistributedConfig, placement: Placement, model: RankModel, rank: int) -> int:
         """Bytes that a rank keeps of a micro-batch for the backward pass, at its beginning: with all that the last
-        block computes again, if it does."""
+        block computes again, if it does. Every subnet of an elastic step counts as the whole, a bound."""
         precision, samples = PRECISIONS[config.precision], self._samples(config)
         owned = placement.owned(rank, samples)
         # Where rows move at every layer, the shared copies see what was read here.
         read = placement.read_evenly(rank, samples) if config.exchange == "layer" else owned
         last = self.recipe.model.backbone.depth - 1
+        subnets = self.recipe.model.subnets
         total, inputs_alone = 0, [i for i in self.recipe.model.recomputed_blocks if i != last]
         for task in self.recipe.tasks:
-            here, before = len(owned.get(task.name, ())), len(read.get(task.name, ()))
+            here, before = (len(of_rank.get(task.name, ())) * subnets for of_rank in (owned, read))
             if here or before:
                 kept, routes = kept_per_image(self.recipe, task.input, precision), routes_of(self.recipe, task.name)
                 for unit in UNITS:
@@ -264,7 +274,7 @@ class Planner:
                 total += before * len(inputs_alone) * kept_of_recomputed(self.recipe, task.input, precision)
         for name, head in zip(model.tasks, model.heads, strict=False):
             task = next(task for task in self.recipe.tasks if task.name == name)
-            images = samples[name] if head.classifier.is_spread else len(owned[name])
+            images = (samples[name] if head.classifier.is_spread else len(owned[name])) * subnets
             rows = len(head.classifier.rows)
             total += kept_by_head(task, self.recipe.model.backbone.dim, images, rows, precision)
         return total

@@ -4,7 +4,8 @@ Collectives are counted as rings in the order of ranks: of a result of S bytes o
 reduce-scatter sends S (p - 1) / p from every rank to its neighbour, an all-reduce twice that. What is sent over a ring
 goes between nodes in the share of its neighbours that are on different ones. An all-to-all sends directly. Not counted
 are single numbers, such as norms of gradients, and the first steps, in which DeepSpeed records the order of modules.
-With ``exchange: layer`` learned routes count as if all were own.
+With ``exchange: layer`` learned routes count as if all were own. Of an elastic model every subnet of a step counts as
+the whole.
 """
 
 from collections.abc import Iterable, Sequence
@@ -50,7 +51,7 @@ def rank_traffic(
     samples = {task.name: task.samples_per_step // config.accumulation for task in recipe.tasks}
     if placement.ep_size > 1 and config.exchange != "aligned":
         _exchange(links, recipe, config, samples)
-    _heads(links, model, config, samples, recipe.model.backbone.dim)
+    _heads(links, model, config, samples, recipe.model.backbone.dim, recipe.model.subnets)
     return links.traffic
 
 
@@ -139,15 +140,17 @@ def _bytes_per_image(recipe: Recipe, name: str, config: DistributedConfig) -> tu
     # Forward, again in recomputation, and backward, each way; pixels have no gradient. The head's rows are one an image
     # and stay there.
     embed = own["embed"]
-    there = tokens * ((2 * calls + again) * row + embed * (3 * patch**2 * precision.parameter + row)) + row + LABEL
-    if any(t.augment.mixes for t in recipe.tasks):
-        there += LABEL + FP32
-    return there, tokens * ((2 * calls + again) * row + embed * row) + row
+    there = tokens * ((2 * calls + again) * row + embed * (3 * patch**2 * precision.parameter + row)) + row
+    back = tokens * ((2 * calls + again) * row + embed * row) + row
+    labels = LABEL + (LABEL + FP32 if any(t.augment.mixes for t in recipe.tasks) else 0)
+    return there * recipe.model.subnets + labels, back * recipe.model.subnets
 
 
-def _heads(links: _Links, model: RankModel, config: DistributedConfig, samples: dict[str, int], dim: int) -> None:
+def _heads(
+    links: _Links, model: RankModel, config: DistributedConfig, samples: dict[str, int], dim: int, subnets: int
+) -> None:
     """Statistics of necks, features for triplet losses, and what spread classifiers exchange."""
-    placement, times = links.placement, config.accumulation
+    placement, times = links.placement, config.accumulation * subnets
     ranks, part = links.holders(placement.ep_size), placement.replica(links.rank)
     for slot, head in enumerate(model.heads):
         if isinstance(head.neck, BatchNormNeck):

@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from ufo_ds.evaluation import statistics
+from ufo_ds.model.architecture import Architecture
 from ufo_ds.model.cost import head_cost, path_cost, supernet_parameters
 from ufo_ds.reporting import details
 from ufo_ds.reporting.pictures import Pictures
@@ -86,7 +87,7 @@ def _task(run: Run, name: str) -> Values:
     """What a task is trained on, and what its dense path and its head cost."""
     task = next(t for t in run.recipe.tasks if t.name == name)
     backbone, classes = run.recipe.model.backbone, len(run.classes.get(name, ())) or task.num_classes
-    path = path_cost(backbone, task.input)
+    path = path_cost(backbone, Architecture.of(backbone), task.input)
     head = head_cost(task, backbone.dim, classes) if classes else None
     return {
         "input": list(task.input),

@@ -3,12 +3,13 @@
 Per token of a block, with D the width and H the hidden width of the FFN:
 
     norms       the inputs of both (2 D, residual stream), mean and 1 / standard deviation of each (4 numbers)
-    attention   input of the qkv projection (D), q, k and v (3 D), its output (D), log of the softmax's sum (heads)
+    attention   input of the qkv projection (D), q, k and v (3 A), its output (A), log of the softmax's sum (heads)
     FFN         its input (D), before and behind the activation function (2 H)
 
-which is 8 D + 2 H elements, 16 D where H is 4 D, and a factor of each residual branch for drop path. Attention scores
-are not kept: PyTorch's fused kernels compute them again. Not counted: where some tasks take the shared copy of a unit
-and others their own, or shared attention has images of several sizes, rows are copied to sort them, up to D for a unit.
+with A the width of all its heads together. Where A is D that is 8 D + 2 H elements, 16 D where H is 4 D, and a factor
+of each residual branch for drop path. Attention scores are not kept: PyTorch's fused kernels compute them again. Not
+counted: where some tasks take the shared copy of a unit and others their own, or shared attention has images of several
+sizes, rows are copied to sort them, up to D for a unit.
 
 Of a block that is recomputed its input is kept (D), and drop path's factors; while it is recomputed, all of the above.
 """
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ufo_ds.recipe import Recipe
-from ufo_ds.recipe_model import Backbone, number_of_routes
+from ufo_ds.recipe_model import Backbone
 from ufo_ds.recipe_task import Size, Task
 
 FP32 = 4  # bytes
@@ -42,18 +43,19 @@ PRECISIONS = {"fp32": Precision(4, 4, 4), "bf16": Precision(2, 2, 2), "fp32 with
 def kept_per_image(recipe: Recipe, input_hw: Size, precision: Precision) -> dict[str, list[int]]:
     """Bytes that one image keeps in every unit, by layer."""
     backbone = recipe.model.backbone
-    dim, hidden = backbone.dim, backbone.hidden_L[0]
+    dim = backbone.dim
     grid, tokens = _grid(backbone, input_hw), _tokens(backbone, input_hw)
     norm = tokens * (dim * precision.residual + 2 * FP32)
-    attention = tokens * (5 * dim * precision.rows + backbone.heads_L[0] * FP32)
-    ffn = tokens * (dim + 2 * hidden) * precision.rows
+    attention_L = [
+        tokens * ((dim + 4 * heads * backbone.head_width) * precision.rows + heads * FP32) for heads in backbone.heads_L
+    ]
+    ffn_L = [tokens * (dim + 2 * hidden) * precision.rows for hidden in backbone.hidden_L]
     branch = tokens * precision.rows if recipe.model.drop_path else 0
-    layers = number_of_routes("norm", backbone.depth) - 1
     return {
         "embed": [_embedding(backbone, grid, tokens, precision)],
-        "norm": [2 * norm] * layers + [norm],
-        "attn": [attention + branch] * layers,
-        "ffn": [ffn + branch] * layers,
+        "norm": [2 * norm] * backbone.depth + [norm],
+        "attn": [attention + branch for attention in attention_L],
+        "ffn": [ffn + branch for ffn in ffn_L],
     }
 
 

@@ -14,58 +14,30 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, ViTConfig
 from transformers.utils import logging
 
 from ufo_ds import recipe_file
 from ufo_ds.errors import UserError
 from ufo_ds.model.dense import vit_config
-from ufo_ds.model.heads import Outputs
-from ufo_ds.model.hub import UfoViTModel
+from ufo_ds.model.spec import SubnetSpec
 from ufo_ds.recipe import Recipe
-from ufo_ds.subnets.extraction import RECIPE, image_processor
+from ufo_ds.subnets.dense_network import DenseNetwork
+from ufo_ds.subnets.extraction import RECIPE, SPEC, image_processor
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
-# What, beside the weights, the outputs follow from. Absent ones are None.
+# What, beside the weights, the outputs follow from. Absent ones are None, and left out where most models lack them.
 _ARCHITECTURE = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
     "layer_norm_eps", "qkv_bias", "image_size", "patch_size", "num_channels", "pooler_act", "pooler_output_size",
     "stem", "pool",
 )  # fmt: skip
+_SELDOM = ("head_dim", "heads", "hidden")
 
 
 def is_dense_model(path: Path) -> bool:
     return (path / CONFIG).is_file()
-
-
-class DenseNetwork(nn.Module):
-    """Backbone, pooler and, for a linear head, classifier, in one pass over the backbone."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, recipe: Recipe, backbone: nn.Module, classifier: nn.Module | None):
-        super().__init__()
-        self.backbone, self.classifier = backbone, classifier
-        for name, values in (("mean", recipe.data.mean), ("std", recipe.data.std)):
-            self.register_buffer(name, 255 * torch.tensor(values)[:, None, None], persistent=False)
-
-    def forward(self, images: Tensor) -> Outputs:
-        """
-        Args:
-            images: uint8 [B, 3, H, W], as ``evaluation_transform`` makes them.
-
-        Returns:
-            Embeddings [B, D] and logits [B, C], C = 0 without a classifier; fp32.
-        """
-        outputs = self.backbone((images.float() - self.mean) / self.std)
-        embedding_BD = outputs.pooler_output.float()
-        if self.classifier is None:
-            return Outputs(embedding_BD, embedding_BD[:, :0])
-        tokens_BLD = outputs.last_hidden_state
-        feature_BD = self.backbone.pooled(tokens_BLD) if isinstance(self.backbone, UfoViTModel) else tokens_BLD[:, 0]
-        return Outputs(embedding_BD, self.classifier(feature_BD).float())
 
 
 @dataclass(frozen=True)
@@ -73,6 +45,7 @@ class DenseModel:
     """
     Attributes:
         recipe: restricted to the model's task.
+        spec: of its path in the supernet.
         config: of the architecture.
         state: weights by their names in ``ViTModel``, and ``classifier.*``; on the host.
         network: on the device, in evaluation mode.
@@ -80,6 +53,7 @@ class DenseModel:
     """
 
     recipe: Recipe
+    spec: SubnetSpec
     config: ViTConfig
     state: dict[str, Tensor]
     network: DenseNetwork
@@ -91,18 +65,23 @@ class DenseModel:
 
         Raises:
             UserError: a file is missing or damaged, or what they say does not go together: preprocessing or
-                architecture are not those of the task's recipe.
+                architecture are not those of the task's recipe and the spec.
         """
         if not (path / RECIPE).is_file():
             raise UserError(f"{path} has no {RECIPE}, so its task is not known: extract it again with `ufo extract`")
         recipe = recipe_file.load(str(path / RECIPE))
         if len(recipe.tasks) != 1:
             raise UserError(f"{path / RECIPE} has {len(recipe.tasks)} tasks, a model has one: extract it again")
+        spec = SubnetSpec.load(path / SPEC)
+        if spec.task != recipe.tasks[0].name:
+            raise UserError(
+                f"{path / SPEC} is of task {spec.task!r}, {RECIPE} of {recipe.tasks[0].name!r}: extract it again"
+            )
         _check_preprocessing(path, recipe)
         try:
             with _quiet():
                 config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-                _check_architecture(path, recipe, config)
+                _check_architecture(path, recipe, spec, config)
                 backbone = _load(AutoModel, path)
                 linear = recipe.tasks[0].head.type == "linear"
                 classifier = _load(AutoModelForImageClassification, path).classifier if linear else None
@@ -114,7 +93,7 @@ class DenseModel:
         state = {name: value.cpu() for name, value in state.items()}
         classes = [config.id2label[label] for label in range(len(config.id2label))] if linear else []
         network = DenseNetwork(recipe, backbone, classifier).to(device).eval()
-        return cls(recipe, config, state, network, classes)
+        return cls(recipe, spec, config, state, network, classes)
 
 
 def architecture(config: ViTConfig) -> dict[str, Any]:
@@ -123,6 +102,9 @@ def architecture(config: ViTConfig) -> dict[str, Any]:
     size = values["image_size"]
     values["image_size"] = [size] * 2 if isinstance(size, int) else list(size or [])
     values["stem"] = list(values["stem"] or [])
+    for name in _SELDOM:
+        if value := getattr(config, name, None):
+            values[name] = value if isinstance(value, int) else list(value)
     return values
 
 
@@ -159,16 +141,17 @@ def _check_preprocessing(path: Path, recipe: Recipe) -> None:
             )
 
 
-def _check_architecture(path: Path, recipe: Recipe, config: Any) -> None:
+def _check_architecture(path: Path, recipe: Recipe, spec: SubnetSpec, config: Any) -> None:
     """
     Raises:
-        UserError: it is another one than the recipe's.
+        UserError: it is another one than the recipe's and the spec's.
     """
-    stated, wanted = architecture(config), architecture(vit_config(recipe, recipe.tasks[0].name))
-    for key, value in wanted.items():
-        if stated[key] != value:
+    stated, wanted = architecture(config), architecture(vit_config(recipe, spec.task, spec.architecture))
+    for key in {**wanted, **stated}:
+        if stated.get(key) != wanted.get(key):
             raise UserError(
-                f"{path / CONFIG}: {key} is {stated[key]!r}, the task's recipe says {value!r}: extract the model again"
+                f"{path / CONFIG}: {key} is {stated.get(key)!r}, the task's recipe and {SPEC} say "
+                f"{wanted.get(key)!r}: extract the model again"
             )
 
 

@@ -3,15 +3,13 @@
 The directory holds a ``ViTModel`` (embedding in ``pooler_output``) or, for a classification task,
 ``ViTForImageClassification``, with the settings of its image processor, a model card, the spec of the path and the
 recipe of its task, benchmarks included; no code.
-A backbone with a stem or mean pooling, which these have no room for, is a ``UfoViTModel`` or
+What these have no room for, blocks that differ, a stem or mean pooling, is a ``UfoViTModel`` or
 ``UfoViTForImageClassification``: they load after ``import ufo_ds.model.hub``.
 """
 
 import io
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -19,113 +17,77 @@ import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    ViTForImageClassification,
-    ViTImageProcessorPil,
-    ViTModel,
-)
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, ViTImageProcessorPil
 
 from ufo_ds.checkpoint import Reader, write_tensors, write_text
 from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.data.transforms import evaluation_transform
 from ufo_ds.errors import UserError
-from ufo_ds.model.dense import Read, classifier_weights, is_stock, vit_config, vit_weights
-from ufo_ds.model.hub import UfoViTConfig, UfoViTForImageClassification, UfoViTModel
+from ufo_ds.model.dense import is_stock, network
 from ufo_ds.model.loading import check_path, load_supernet
 from ufo_ds.model.spec import SubnetSpec
 from ufo_ds.recipe import Recipe, only
 from ufo_ds.recipe_file import to_yaml
 from ufo_ds.recipe_task import Task
-from ufo_ds.subnets.licences import behind
+from ufo_ds.subnets import recalibration
+from ufo_ds.subnets.model_card import HUB, model_card
+from ufo_ds.subnets.weights import Statistics, path_weights, read, shape_of
 
 TOLERANCE = 1e-5  # of the largest output, in fp32
 CERTIFICATE = "certificate.json"
 RECIPE = "recipe.yaml"
-HUB = "ufo_ds.model.hub"  # imported above: what is not stock loads only with it
+SPEC = "spec.json"
 
 
-def extract(reader: Reader, spec: SubnetSpec, out: Path) -> int:
+def extract(reader: Reader, spec: SubnetSpec, out: Path, statistics: Statistics | None = None) -> int:
     """Write the dense model of a path. Only its parameters are read, each when it is written, so that no more than one
     is in memory. Returns their number.
 
+    Args:
+        statistics: of the neck, as :func:`recalibration.statistics` finds them; default: found here.
+
     Raises:
-        UserError: ``out`` exists, or the path does not fit the model, or what is read is damaged.
+        UserError: ``out`` exists, or the path does not fit the model, or what is read is damaged, or the statistics of
+            the neck have to be found and there are no images.
     """
     recipe = reader.recipe
     task = _task(recipe, spec.task)
     check_path(reader, spec)
-    config = vit_config(recipe, spec.task)
-    stock = is_stock(recipe.model.backbone)
-    model_class: type = ViTModel if stock else UfoViTModel
-    if task.head.type == "linear":
-        names = reader.index.classes[spec.task]
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: label for label, name in enumerate(names)}
-        if task.loss.multi_label:
-            config.problem_type = "multi_label_classification"
-        model_class = ViTForImageClassification if stock else UfoViTForImageClassification
+    if out.exists():
+        raise UserError(f"--out {out} exists: choose another directory or delete it")
+    if statistics is None:
+        statistics = recalibration.statistics(reader, spec)
     with torch.device("meta"):
-        model = model_class(config)
+        classes = reader.index.classes[spec.task] if task.head.type == "linear" else None
+        model = network(recipe, spec.task, spec.architecture, classes)
     # The pooler of a classification model is not part of its class, but of the AutoModel in the same directory.
     prefix = "vit." if task.head.type == "linear" else ""
     shapes = {
         name if name.startswith("classifier.") else f"{prefix}{name}": value.shape
-        for name, value in _weights(recipe, spec, partial(_shape_of, reader))
+        for name, value in path_weights(recipe, spec, partial(shape_of, reader))
     }
     missing = set(model.state_dict()) - set(shapes)
     assert not missing, missing
-    config.architectures, config.dtype = [model_class.__name__], "float32"
+    config = model.config
+    config.architectures, config.dtype = [type(model).__name__], "float32"
     unfinished = out.with_name(f".{out.name}.partial")
     try:
-        if out.exists():
-            raise UserError(f"--out {out} exists: choose another directory or delete it")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         config.save_pretrained(unfinished)
-        tensors = (value for _, value in _weights(recipe, spec, partial(_read, reader)))
+        tensors = (value for _, value in path_weights(recipe, spec, partial(read, reader, statistics)))
         write_tensors(unfinished / "model.safetensors", shapes, tensors, {"format": "pt"})
         image_processor(recipe, task).save_pretrained(unfinished)
-        write_text(unfinished / "spec.json", spec.to_json() + "\n")
+        write_text(unfinished / SPEC, spec.to_json() + "\n")
         write_text(unfinished / RECIPE, to_yaml(only(recipe, [spec.task])))
         parameters = sum(shape.numel() for shape in shapes.values())
-        write_text(unfinished / "README.md", _card(reader, task, spec, parameters))
+        write_text(unfinished / "README.md", model_card(reader, spec, parameters, recalibrated=bool(statistics)))
         unfinished.rename(out)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}: choose a directory with room that you can write to") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return parameters
-
-
-def state_of(reader: Reader, spec: SubnetSpec) -> dict[str, torch.Tensor]:
-    """Weights of a path by their names in ``ViTModel``, and ``classifier.*`` of a linear head; the rest is not read.
-
-    Raises:
-        UserError: the path does not fit the model.
-    """
-    check_path(reader, spec)
-    return dict(_weights(reader.recipe, spec, partial(_read, reader)))
-
-
-def _weights(recipe: Recipe, spec: SubnetSpec, read: Read) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from vit_weights(recipe, spec, read)
-    task = _task(recipe, spec.task)
-    if task.head.type == "linear":
-        yield from classifier_weights(task, read)
-
-
-def _read(reader: Reader, name: str) -> torch.Tensor:
-    return reader.buffer(name) if name in reader.index.buffers else reader.parameter(name)
-
-
-def _shape_of(reader: Reader, name: str) -> torch.Tensor:
-    """On the meta device, without reading a parameter."""
-    if name in reader.index.buffers:
-        return reader.buffer(name).to("meta")
-    return torch.empty(reader.index.parameters[name].shape, device="meta")
 
 
 def image_processor(recipe: Recipe, task: Task) -> ViTImageProcessorPil:
@@ -139,8 +101,11 @@ def image_processor(recipe: Recipe, task: Task) -> ViTImageProcessorPil:
     )
 
 
-def verify(reader: Reader, spec: SubnetSpec, directory: Path, images: list[bytes]) -> dict[str, float | int | str]:
-    """Run image files through AutoImageProcessor and the extracted model, and through the supernet; compare.
+def verify(
+    reader: Reader, spec: SubnetSpec, directory: Path, images: list[bytes], statistics: Statistics | None = None
+) -> dict[str, float | int | str]:
+    """Run image files through AutoImageProcessor and the extracted model, and through the supernet; compare. For the
+    ``statistics`` see :func:`extract`.
 
     The certificate beside the model says by how much they differ at most, relative to the largest output.
 
@@ -150,6 +115,10 @@ def verify(reader: Reader, spec: SubnetSpec, directory: Path, images: list[bytes
     task = _task(reader.recipe, spec.task)
     (directory / CERTIFICATE).unlink(missing_ok=True)  # one of earlier says nothing about what lies there now
     supernet = load_supernet(reader, [spec])
+    if statistics is None:
+        statistics = recalibration.statistics(reader, spec)
+    for name, value in statistics.items():
+        supernet.get_buffer(name)[: len(value)] = value
     uint8 = torch.from_numpy(np.stack([evaluation_transform(image, task.input) for image in images]))
     empty = torch.zeros(len(uint8), dtype=torch.int64)
     batch = Batch(0, 0, {task.name: TaskBatch(uint8, empty, range(len(uint8)), len(uint8))}, {})
@@ -167,13 +136,16 @@ def verify(reader: Reader, spec: SubnetSpec, directory: Path, images: list[bytes
     ).tolist()
     certificate: dict[str, float | int | str] = {
         "task": task.name,
+        "spec": spec.name,
         "step": reader.index.step,
         "images": len(images),
         "max_difference": difference,
         "max_absolute_difference": furthest,
         "tolerance": TOLERANCE,
         "image_processor": processor,
-        "loaded_by": "transformers" if is_stock(reader.recipe.model.backbone) else f"transformers and {HUB}",
+        "loaded_by": "transformers"
+        if is_stock(reader.recipe.model.backbone, spec.architecture)
+        else f"transformers and {HUB}",
         "passed": difference <= TOLERANCE,
     }
     write_text(directory / CERTIFICATE, json.dumps(certificate, indent=2) + "\n")
@@ -202,57 +174,3 @@ def _task(recipe: Recipe, name: str) -> Task:
     if not found:
         raise UserError(f"no task {name!r} in {recipe.name}; it has {', '.join(t.name for t in recipe.tasks)}")
     return found[0]
-
-
-def _card(reader: Reader, task: Task, spec: SubnetSpec, parameters: int) -> str:
-    """A model card, with the front matter that the hub reads."""
-    metrics = {k: v for k, v in reader.index.metrics.items() if k.startswith(f"{task.name}/")}
-    linear = task.head.type == "linear"
-    use = (
-        "AutoModelForImageClassification.from_pretrained(path)(**inputs).logits"
-        f"{'.sigmoid()  # of each attribute' if task.loss.multi_label else ''}" if linear
-        else "AutoModel.from_pretrained(path)(**inputs).pooler_output  # compare by cosine"
-    )  # fmt: skip
-    stock = is_stock(reader.recipe.model.backbone)
-    register = "" if stock else f"import {HUB}  # registers the model's class with transformers\n"
-    needs = "" if stock else f"""
-The model has a convolutional stem or mean pooling, which transformers' ViT lacks, so its class comes with the package
-`ufo_ds`. Without `import {HUB}`, transformers does not know the model type `{UfoViTConfig.model_type}`.
-"""  # fmt: skip
-    routes = asdict(spec)["routes"]
-    rows = "\n".join(f"| {unit} | {' '.join(layers)} |" for unit, layers in routes.items())
-    scores = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items()) or "| none recorded | |"
-    licences = "\n".join(
-        f"| {name} | {'; '.join(of_task)} |" for name, of_task in behind(reader.index, reader.recipe, spec).items()
-    )
-    started = "" if reader.recipe.model.init is None else f"\nTraining started from `{reader.recipe.model.init}`.\n"
-    return f"""---
-library_name: transformers
-pipeline_tag: {"image-classification" if linear else "image-feature-extraction"}
----
-
-# {task.name}
-
-The dense model of the task `{task.name}`, cut out of the multi-task supernet `{reader.recipe.name}` (step
-{reader.index.step}) with ufo_ds: {parameters / 1e6:.2f} M parameters, input {task.input[0]}x{task.input[1]}.
-
-```python
-from PIL import Image
-from transformers import AutoImageProcessor, {"AutoModelForImageClassification" if linear else "AutoModel"}
-{register}
-inputs = AutoImageProcessor.from_pretrained(path)(Image.open(file), return_tensors="pt")
-{use}
-```
-{needs}
-| metric of the supernet at that step | |
-|---|---|
-{scores}
-
-| unit | copy, by layer |
-|---|---|
-{rows}
-
-| images behind these weights, by task | licence |
-|---|---|
-{licences}
-{started}"""

@@ -1,8 +1,10 @@
 """What the images that a dense path learned from may be used for."""
 
 import re
+from pathlib import Path
+from typing import NamedTuple
 
-from ufo_ds.checkpoint import Index
+from ufo_ds.checkpoint import Index, Reader
 from ufo_ds.errors import UserError
 from ufo_ds.model.spec import SubnetSpec
 from ufo_ds.recipe import Recipe
@@ -17,6 +19,44 @@ _COMMERCIAL = re.compile(
 _LIMITED = re.compile(r"\bNC\b|\bND\b|non-?commercial|no derivatives|research|academic", re.IGNORECASE)
 
 
+class Origin(NamedTuple):
+    """Where the weights of a run come from, as its checkpoints say it, see :class:`Index`."""
+
+    licences: dict[str, list[str]]
+    started_from: str = ""
+
+
+def origin(licences: dict[str, list[str]], last: Index | None, first: Path | None) -> Origin:
+    """
+    Args:
+        licences: of the images that a run is trained on, by task.
+        last: of the checkpoint from which it goes on.
+        first: the checkpoint of another run from which it starts.
+    """
+    if last is not None:
+        return Origin(_both(licences, last.licences), last.started_from)
+    if first is not None:
+        reader = Reader(first)
+        return Origin(_both(licences, _inherited(reader.index, reader.recipe)), str(first))
+    return Origin(licences)
+
+
+def _both(some: dict[str, list[str]], others: dict[str, list[str]]) -> dict[str, list[str]]:
+    tasks = dict.fromkeys([*some, *others])
+    return {task: list(dict.fromkeys([*some.get(task, []), *others.get(task, [])])) for task in tasks}
+
+
+def _inherited(index: Index, recipe: Recipe) -> dict[str, list[str]]:
+    """Of the images behind what another run starts from."""
+    found = {task: of_task(index, task) for task in trained(index, recipe)}
+    if recipe.model.branch_at is not None:  # own copies have learned from the images of all tasks
+        everything = dict.fromkeys(licence for names in found.values() for licence in names)
+        found = {task: list(everything) for task in found}
+    if recipe.model.init is not None and not index.started_from:
+        found = {task: [*names, UNKNOWN] for task, names in found.items()}
+    return found
+
+
 def behind(index: Index, recipe: Recipe, spec: SubnetSpec) -> dict[str, list[str]]:
     """Licences of the images by task, of all tasks that had a part in the weights of a path.
 
@@ -24,8 +64,17 @@ def behind(index: Index, recipe: Recipe, spec: SubnetSpec) -> dict[str, list[str
     own one that started as the shared one was (``model.branch_at``).
     """
     takes_shared = any("shared" in layers for layers in spec.routes.values())
-    tasks = [task.name for task in recipe.tasks] if takes_shared or recipe.model.branch_at else [spec.task]
-    return {task: index.licences.get(task) or [UNKNOWN] for task in tasks}
+    tasks = trained(index, recipe) if takes_shared or recipe.model.branch_at else [spec.task]
+    return {task: of_task(index, task) for task in tasks}
+
+
+def trained(index: Index, recipe: Recipe) -> list[str]:
+    """All tasks that a checkpoint was trained on; some may not be in it any more."""
+    return list(dict.fromkeys([*(task.name for task in recipe.tasks), *index.licences]))
+
+
+def of_task(index: Index, task: str) -> list[str]:
+    return index.licences.get(task) or [UNKNOWN]
 
 
 def permits_commercial_use(licence: str) -> bool:
@@ -39,7 +88,7 @@ def check_commercial_use(index: Index, recipe: Recipe, spec: SubnetSpec) -> None
         UserError: images behind the weights of a path have a licence that is not known to permit commercial use, or the
             model did not start from scratch.
     """
-    if recipe.model.init is not None:
+    if recipe.model.init is not None and not index.started_from:
         raise UserError(
             f"--allow commercial: {spec.task} started from {recipe.model.init!r}, whose images are not known: "
             "train from scratch, or look into it yourself"

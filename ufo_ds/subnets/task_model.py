@@ -1,4 +1,4 @@
-"""One task of what was trained, ready to be used: an extracted model, or a path of a run's supernet.
+"""One task of what was trained, ready to be used: an extracted model, or a path of a run's supernet as a dense model.
 
 Both have the same fingerprint when they are the same model, so that an index or a calibration made with one serves the
 other.
@@ -16,16 +16,20 @@ from torch import Tensor, nn
 from transformers import ViTConfig
 
 from ufo_ds import checkpoint
-from ufo_ds.data.mixing import Batch, TaskBatch
+from ufo_ds.data.mixing import Batch
 from ufo_ds.errors import UserError
-from ufo_ds.model.dense import vit_config
+from ufo_ds.model.classifiers import CosineClassifier
+from ufo_ds.model.dense import leading, vit_config
 from ufo_ds.model.heads import Outputs
-from ufo_ds.model.loading import load_supernet, spec_of
-from ufo_ds.model.supernet import Supernet
+from ufo_ds.model.loading import spec_of
+from ufo_ds.model.spec import SubnetSpec
 from ufo_ds.recipe import Recipe, only
 from ufo_ds.recipe_task import Size
+from ufo_ds.subnets import recalibration
 from ufo_ds.subnets.dense_model import DenseModel, architecture, is_dense_model
-from ufo_ds.subnets.extraction import image_processor, state_of
+from ufo_ds.subnets.dense_network import with_weights
+from ufo_ds.subnets.extraction import image_processor
+from ufo_ds.subnets.weights import state_of
 
 
 @dataclass(frozen=True)
@@ -105,37 +109,36 @@ def open_model(path: Path, task: str | None = None, device: str = "cpu") -> Task
     names = [t.name for t in reader.recipe.tasks]
     if task is None and len(names) > 1:
         raise UserError(f"{path} has the tasks {', '.join(names)}: choose one with --task")
-    return task_model(reader, path, names[0] if task is None else task, device)
+    return task_model(reader, path, spec_of(reader, names[0] if task is None else task), device)
 
 
-def task_model(reader: checkpoint.Reader, path: Path, task: str, device: str = "cpu") -> TaskModel:
-    """A task's path of a checkpoint. What is read is checked, the rest is not looked at.
+def task_model(
+    reader: checkpoint.Reader, path: Path, spec: SubnetSpec, device: str = "cpu", pixels: Tensor | None = None
+) -> TaskModel:
+    """A path of a checkpoint. What is read is checked, the rest is not looked at.
 
     Args:
         path: the run directory or checkpoint, as it is called.
+        pixels: training images for the statistics of its neck; see :func:`recalibration.statistics`.
 
     Raises:
-        UserError: no such task, or what is read of it is damaged.
+        UserError: no such task or path, or what is read of it is damaged, or there are no images.
     """
-    recipe, spec = only(reader.recipe, [task]), spec_of(reader, task)
-    digest = fingerprint(vit_config(recipe, task), state_of(reader, spec), recipe)
-    classes = reader.index.classes[task] if recipe.tasks[0].head.type == "linear" else []
-    network = _PathNetwork(load_supernet(reader, [spec], device), task)
-    where = path / f"calibration-{task}.json"
-    return TaskModel(f"{path} --task {task}", recipe, classes, digest, where, network, device)
-
-
-class _PathNetwork(nn.Module):
-    """A supernet with one task."""
-
-    def __init__(self, supernet: Supernet, task: str):
-        super().__init__()
-        self.supernet, self.task = supernet, task
-
-    def forward(self, images: Tensor) -> Outputs:
-        count = len(images)
-        labels = torch.zeros(count, dtype=torch.int64, device=images.device)
-        return self.supernet(Batch(0, 0, {self.task: TaskBatch(images, labels, range(count), count)}, {}))[self.task]
+    recipe = only(reader.recipe, [spec.task])
+    state = state_of(reader, spec, recalibration.statistics(reader, spec, pixels, device))
+    digest = fingerprint(vit_config(recipe, spec.task, spec.architecture), state, recipe)
+    classes, cosines = [], None
+    if recipe.tasks[0].head.type == "linear":
+        classes = reader.index.classes[spec.task]
+    elif not recipe.tasks[0].head.sharded:  # logits that no extracted model has
+        cosines = CosineClassifier(spec.architecture.dim, len(reader.index.classes[spec.task]))
+        weight_CD = reader.parameter(f"heads.{spec.task}.classifier.weight")
+        cosines.weight = nn.Parameter(leading(weight_CD, None, spec.architecture.dim))
+    network = with_weights(reader.recipe, spec, state, cosines).to(device)
+    name = spec.task if spec == spec_of(reader, spec.task) else spec.name
+    return TaskModel(
+        f"{path} --task {name}", recipe, classes, digest, path / f"calibration-{name}.json", network, device
+    )
 
 
 def fingerprint(config: ViTConfig, state: Mapping[str, Tensor], recipe: Recipe) -> str:

@@ -25,6 +25,7 @@ from ufo_ds.parallel.conflict import gradient_conflict
 from ufo_ds.parallel.engine import Engine
 from ufo_ds.parallel.guard import LeftOut
 from ufo_ds.recipe_file import dump
+from ufo_ds.subnets.licences import Origin
 from ufo_ds.training.balance import Balancer
 from ufo_ds.training.run_directory import RunDirectory
 from ufo_ds.training.schedule import learning_rate
@@ -40,6 +41,7 @@ class Trainer:
         checkpoints: where checkpoints go, on all ranks.
         metrics: of the last evaluation before a resume.
         balance: :meth:`Balancer.memory` before a resume.
+        origin: of the weights, for checkpoints.
     """
 
     def __init__(
@@ -51,8 +53,9 @@ class Trainer:
         checkpoints: Path,
         metrics: dict[str, float],
         balance: dict[str, Any],
+        origin: Origin,
     ):
-        self.engine, self.recipe = engine, engine.recipe
+        self.engine, self.recipe, self.origin = engine, engine.recipe, origin
         self.sources, self.images = sources, images
         self.directory, self.checkpoints = directory, checkpoints
         self.classes = {name: class_names(source) for name, source in sources.items()}
@@ -249,7 +252,8 @@ class Trainer:
             },
             router=self.engine.model.router.memory(),
             balance={} if self.balancer is None else self.balancer.memory(),
-            licences={name: source.licences for name, source in self.sources.items()},
+            licences=self.origin.licences,
+            started_from=self.origin.started_from,
             metrics=self.metrics,
         )
 

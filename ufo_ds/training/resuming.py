@@ -22,12 +22,14 @@ from torch import Tensor
 from ufo_ds import checkpoint
 from ufo_ds.data.mixing import Batch
 from ufo_ds.data.source import TrainSource, open_sources
-from ufo_ds.model.supernet import Pretrained
+from ufo_ds.model.initialization import Pretrained
+from ufo_ds.model.starting import opening
 from ufo_ds.parallel import checkpoint as parallel_checkpoint
 from ufo_ds.parallel import config as configs
 from ufo_ds.parallel import ranks
 from ufo_ds.parallel.engine import Engine
 from ufo_ds.recipe import Checkpoint, Evaluation, Logging, Recipe, Schedule
+from ufo_ds.subnets.licences import Origin
 from ufo_ds.training.loop import Trainer
 from ufo_ds.training.run_differences import SEEN, differences
 
@@ -154,15 +156,14 @@ def _train(job: Job, optimizer: str, topology: Topology, start: Path | None, run
     recipe, opened = open_sources(job.recipes[optimizer], job.accumulation)
     sources = {name: NotingSource(source) for name, source in opened.items()}
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        pretrained = None
-        if recipe.model.init is not None and start is None:
-            from ufo_ds.model.pretrained import pretrained_values  # transformers takes seconds to import
-
-            pretrained = pretrained_values(recipe)
-        engine = NotingEngine(recipe, topology.config(recipe, job.accumulation), sources, pretrained)
+        recipe, begun = opening(recipe, {name: source.num_classes for name, source in sources.items()}, start)
+        values = None if begun is None else begun.values
+        engine = NotingEngine(recipe, topology.config(recipe, job.accumulation), sources, values)
+        if begun is not None:
+            parallel_checkpoint.begin(engine, begun)
         index = None if start is None else parallel_checkpoint.load(engine, start)
         step, balance = (0, {}) if index is None else (index.step, index.balance)
-        Trainer(engine, dict(sources), {}, None, run / "checkpoints", {}, balance).train(step)
+        Trainer(engine, dict(sources), {}, None, run / "checkpoints", {}, balance, Origin({})).train(step)
         everyone = ranks.from_all(engine.samples_seen)
         if engine.rank == 0:
             samples = sorted(sample for of_rank in everyone for sample in of_rank)

@@ -11,12 +11,14 @@ from ufo_ds.data.source import TrainSource, open_sources
 from ufo_ds.errors import UserError
 from ufo_ds.evaluation import benchmarks
 from ufo_ds.evaluation.features import open_images
+from ufo_ds.model.starting import opening
 from ufo_ds.parallel import checkpoint, ranks
 from ufo_ds.parallel.config import DistributedConfig
 from ufo_ds.parallel.engine import Engine
 from ufo_ds.parallel.launch import finish_distributed, init_distributed, is_lost_rank, leave_on_sigterm
 from ufo_ds.parallel.placement import imbalance
 from ufo_ds.recipe import Recipe
+from ufo_ds.subnets.licences import origin
 from ufo_ds.training.loop import Trainer
 from ufo_ds.training.run_directory import RunDirectory, check_resume, check_writable
 from ufo_ds.training.split_table import split_table
@@ -40,16 +42,16 @@ def train(recipe: Recipe, config: DistributedConfig, run_dir: Path) -> dict[str,
         recipe, sources = open_sources(recipe, config.accumulation)
         check_writable(run_dir)
         last, damaged = checkpoint.newest_whole(run_dir / "checkpoints")
+        num_classes = {name: source.num_classes for name, source in sources.items()}
+        recipe, begun = opening(recipe, num_classes, last)
         check_resume(run_dir, recipe, last, damaged)
+        if begun is not None and begun.checkpoint is not None:
+            checkpoint.check_whole(begun.checkpoint)
         images = open_images(recipe)
         benchmarks.check(recipe, images, {name: source.classes for name, source in sources.items()})
-        num_classes = {name: source.num_classes for name, source in sources.items()}
-        start_values = None
-        if recipe.model.init is not None and last is None:
-            from ufo_ds.model.pretrained import pretrained_values  # transformers takes seconds to import
-
-            start_values = pretrained_values(recipe)
-        engine = Engine(recipe, config, num_classes, pretrained=start_values)
+        engine = Engine(recipe, config, num_classes, pretrained=None if begun is None else begun.values)
+        if begun is not None:
+            checkpoint.begin(engine, begun)
         directory = _open(run_dir, recipe, engine)
         if directory is not None:
             directory.set_aside(damaged)
@@ -57,7 +59,11 @@ def train(recipe: Recipe, config: DistributedConfig, run_dir: Path) -> dict[str,
         start, metrics, balance = (loaded.step, loaded.metrics, loaded.balance) if loaded is not None else (0, {}, {})
         if rank == 0:
             _announce(engine, sources, run_dir, start)
-        trainer = Trainer(engine, sources, images, directory, run_dir / "checkpoints", metrics, balance)
+            if begun is not None:
+                print(f"from {recipe.model.init}: {begun.words}", flush=True)
+        licences = {name: source.licences for name, source in sources.items()}
+        came_from = origin(licences, loaded, None if begun is None else begun.checkpoint)
+        trainer = Trainer(engine, sources, images, directory, run_dir / "checkpoints", metrics, balance, came_from)
         metrics = trainer.train(start)
         if directory is not None:
             directory.close()
