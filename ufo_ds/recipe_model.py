@@ -136,7 +136,7 @@ class Elastic:
     random: Annotated[int, Field(ge=0)] = 1
     # Share of the loss of the smaller ones that is the divergence from what the largest says of the same images
     # (in-place distillation: Yu et al., 2020); the rest is the loss of the labels.
-    distillation: Share = 0.5
+    distillation: Share = 0.9
 
     @property
     def subnets(self) -> int:
