@@ -45,7 +45,7 @@ def report(
     print("\n".join(_table(values)))
     best = values["front"][-1]["subnets"]
     last = [word for subnet in best for word in ("--task", subnet["task"], "--spec", str(out / subnet["spec"]))]
-    print(f"{len(front)} on the front of {len(known)} evaluated, drawn in {out / 'front.png'}; the last one as a model:")
+    print(f"{len(front)} on the front of {len(known)} evaluated, drawn in {out / 'front.png'}; the last as a model:")
     print(shlex.join(["ufo", "extract", str(run), *last, "--out", "DIR"]))
 
 
