@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two layers and few rounds")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    depth, rounds = (2, 3) if options.quick else (6, 9)
+    depth, rounds = (2, 3) if options.quick else (4, 5)
     model = build(depth)
     variants, whole = halves(depth), [{}]
     figures = {f"flops_{name}": flops(model, subnets) / flops(model, whole) for name, subnets in variants.items()}
