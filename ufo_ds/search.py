@@ -100,6 +100,10 @@ def main(argv: list[str] | None = None) -> None:
         "seed": options.seed,
     }
     journal = Journal(options.out, arguments)
+    try:
+        known(space, journal.records)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"--out {options.out} holds other subnets: {error}: choose another directory") from None
     evaluator = Evaluator(reader, options.run, recipe, images, options.metric, options.device)
     searched = space.searched(objectives, limits)
     found = _evaluate_all(space, searched, evaluator, journal, options.evaluations, options.seed)
