@@ -26,6 +26,7 @@ from ufo_ds.checkpoint import Reader, write_text
 from ufo_ds.data.shards import ShardSet
 from ufo_ds.data.source import open_sets
 from ufo_ds.data.spaced_images import spaced_images
+from ufo_ds.devices import check_device
 from ufo_ds.errors import UserError
 from ufo_ds.model.loading import load_supernet, spec_of
 from ufo_ds.model.parameters import address_of
@@ -33,7 +34,6 @@ from ufo_ds.progress import Progress
 from ufo_ds.recipe_task import Size
 from ufo_ds.subnets.importance import kept, measure
 from ufo_ds.subnets.ordering import DIM, by_importance, plain_buffers, rewrite
-from ufo_ds.subnets.task_model import check_device
 
 BATCH = 16  # images in a forward pass
 SHARES = (0.25, 0.5, 0.75)

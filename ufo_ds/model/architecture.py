@@ -102,7 +102,7 @@ class SearchSpace:
         return cls(
             tuple(sorted(set(elastic.depth or [backbone.depth]))),
             tuple(sorted(set(elastic.dim or [backbone.dim]))),
-            tuple(narrow_stem(backbone.stem, share) for share in sorted(set(elastic.stem or [1.0]))),
+            tuple(dict.fromkeys(narrow_stem(backbone.stem, share) for share in sorted(elastic.stem or [1.0]))),
             tuple(sorted(set(elastic.heads or [backbone.heads]))),
             tuple(sorted(set(elastic.mlp_ratio or [backbone.mlp_ratio]))),
         )
