@@ -74,10 +74,10 @@ def order(reader: Reader, out: Path, images: int, device: str) -> dict[str, Any]
             f"{reader.directory} holds subnets of {', '.join(reader.index.specs)}, no whole model: order the run that "
             f"they are of"
         )
-    if out.exists():
-        raise UserError(f"--out {out} exists: choose another directory or delete it")
-    partial = out.with_name(f".{out.name}.partial")
+    partial = out.parent / f".{out.name}.partial"
     try:
+        if out.exists():
+            raise UserError(f"--out {out} exists: choose another directory or delete it")
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "tensors").mkdir(parents=True)
         counts, scores = importance(reader, images, device)
