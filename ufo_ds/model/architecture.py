@@ -115,11 +115,6 @@ class SearchSpace:
     def smallest(self) -> Architecture:
         return self._uniform(0)
 
-    def __len__(self) -> int:
-        """How many subnets there are; some may be alike, where two ratios round to one width."""
-        once = len(self.dim) * len(self.stem)
-        return once * sum((len(self.heads) * len(self.mlp_ratio)) ** depth for depth in self.depth)
-
     def draw(self, *key: int | str) -> Architecture:
         """One by this key, each size uniformly among its choices."""
         generator = torch_generator(*key)
