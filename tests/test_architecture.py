@@ -36,7 +36,7 @@ def test_the_largest_is_the_backbone_and_the_smallest_its_first_slices():
 
 def test_every_subnet_is_its_levels():
     subnets = everything(SPACE)
-    assert len(SPACE) == len(subnets)
+    assert len(subnets) == 3 * 2 * (4**2 + 4**3)
     for subnet in subnets:
         assert SPACE.architecture(*SPACE.levels(subnet)) == subnet
         assert subnet.fits(SPACE.largest)
@@ -80,6 +80,7 @@ def test_without_elastic_there_is_no_space():
         ({"heads": [2, 8]}, "elastic.heads [2, 8]: the largest must be 4"),
         ({"stem": [0.5]}, "elastic.stem [0.5]: the largest must be 1"),
         ({"stem": [0.4, 1.0]}, "channels that differ must stay different"),
+        ({"mlp_ratio": [0.01, 3.0]}, "leaves FFNs of the smallest dim no channel"),
     ],
 )
 def test_a_space_without_the_backbone_is_refused(elastic, message):

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from tests.elastic_run import SPACES, drawn, error_of, make_recipe, open_run, run_json, write_shards, write_spec
 from tests.small_run import CLASSES, make_images, make_model, write_checkpoint
-from ufo_ds import evaluate, extract, predict
+from ufo_ds import evaluate, extract, order, predict
 from ufo_ds.checkpoint import Reader
 from ufo_ds.errors import UserError
 from ufo_ds.model.architecture import Architecture
@@ -177,6 +177,7 @@ def test_bad_input_is_refused_and_nothing_is_left(tmp_path, runs, capsys):
     (tmp_path / "models").mkdir()
     joined(reader, specs, out)
     assert "exists" in error_of(capsys, extract, *both)
+    assert "no whole model" in error_of(capsys, order, out, "--out", tmp_path / "ordered")
     damaged = shutil.copytree(out, tmp_path / "models" / "damaged")
     content = bytearray((damaged / "model.safetensors").read_bytes())
     content[-1] ^= 1

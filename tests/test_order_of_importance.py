@@ -319,6 +319,7 @@ def damage(run):
     ("arguments", "message"),
     [
         (["--out", "{tmp}/exists"], "exists exists: choose another"),
+        (["--out", "."], "--out . exists: choose another"),
         (["--out", "{tmp}/file/new"], "--out .*file/new: "),
         (["--out", "{tmp}/new", "--images", "0"], "--images 0: "),
         (["--out", "{tmp}/new", "--device", "toaster"], "--device 'toaster' cannot be used"),

@@ -1,5 +1,6 @@
 """Fronts and the search for them, against enumeration, integration and slow obvious formulas."""
 
+import dataclasses
 import itertools
 import json
 import sys
@@ -213,6 +214,19 @@ def test_levels_are_subnets(tasks):
             assert of_task.once_NC[n].tolist() == once
             assert (of_task.layers_NUL[n, 0] == -1).tolist() == [level == -1 for level in heads]
             assert (of_task.layers_NUL[n, 0] == heads).all()
+
+
+def test_ratios_that_round_to_one_width_are_one_level():
+    recipe = elastic_recipe()
+    elastic = recipe.model.elastic
+    more = [*elastic.mlp_ratio, min(elastic.mlp_ratio) + 1e-6]
+    model = dataclasses.replace(recipe.model, elastic=dataclasses.replace(elastic, mlp_ratio=more))
+    recipe = dataclasses.replace(recipe, model=model)
+    space = ElasticSpace(recipe, [SubnetSpec(recipe.tasks[0].name, *whole_path(recipe))], {recipe.tasks[0].name: 5})
+    found = space.searched(["parameters"], {})
+    drawn_NG = found.tidy(np.random.default_rng(0).integers(0, found.highest_G + 1, (60, space.width)))
+    assert len({tuple(row) for row in drawn_NG}) == len({spec.name for row in drawn_NG for spec in space.specs(row)})
+    assert all(np.array_equal(space.levels(space.specs(row)), row) for row in drawn_NG)
 
 
 def test_subnets_of_several_tasks_are_combined_anew():

@@ -13,14 +13,18 @@ from ufo_ds import evaluate, extract, recipe_file, search
 from ufo_ds.checkpoint import Reader, of_run
 from ufo_ds.data.layouts import Layout, Sample
 from ufo_ds.data.shard_writer import write
+from ufo_ds.errors import UserError
 from ufo_ds.errors import run as entry
 from ufo_ds.model.architecture import SearchSpace
 from ufo_ds.model.cost import joint_cost, subnet_cost
 from ufo_ds.model.loading import spec_of
 from ufo_ds.model.spec import SubnetSpec
+from ufo_ds.subnets import search as algorithm
 from ufo_ds.subnets.latency import WORK, Measurement, Profile, Target
+from ufo_ds.subnets.search_journal import Journal, Record
 
 BACKBONE = {"dim": 24, "depth": 3, "heads": 3, "patch_size": 8, "mlp_ratio": 3}
+TOGETHER = ("--task", "glyphs", "--task", "digits", "--limit", "parameters=30e3")
 SIZES = {"depth": [1, 2, 3], "dim": [9, 16, 24], "heads": [1, 2, 3], "mlp_ratio": [1.0, 2.5, 3.0]}
 
 
@@ -71,13 +75,24 @@ def root(tmp_path_factory):
     return root
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
+@pytest.fixture(autouse=True, scope="module")
+def fast():
+    """What is tested here does not depend on how well NSGA-II searches."""
     torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(algorithm, "GENERATIONS", 3)
+        yield
+
+
+@pytest.fixture(scope="module")
+def together(root, fast):
+    """The directory of a search for both tasks."""
+    assert call(root, root / "together", *TOGETHER) == 0
+    return root / "together"
 
 
 def call(root, out, *arguments):
-    words = [str(root / "run"), "--out", str(out), "--evaluations", "7", "--device", "cpu", *map(str, arguments)]
+    words = [str(root / "run"), "--out", str(out), "--evaluations", "5", "--device", "cpu", *map(str, arguments)]
     return entry(search.main, words)
 
 
@@ -94,14 +109,14 @@ def test_the_front_is_of_true_evaluations_within_the_limits(root, tmp_path, caps
     assert found == json.loads((out / "front.json").read_text())
     assert (out / "front.png").stat().st_size > 10_000
     records = [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
-    assert len(records) == found["evaluated"] == 7
-    assert len({record["subnets"][0]["name"] for record in records}) == 7
+    assert len(records) == found["evaluated"] == 5
+    assert len({record["subnets"][0]["name"] for record in records}) == 5
     reader = Reader(of_run(root / "run"))
     space, whole = SearchSpace.of(reader.recipe.model), spec_of(reader, "glyphs")
     first, second = (records[i]["subnets"][0]["name"] for i in (0, 1))
     assert (first, second) == (whole.name, whole.sliced(space.smallest).name)
     within = [r for r in records if r["costs"]["parameters"] <= 20e3 and r["costs"]["flops"] <= 3e5]
-    assert 0 < len(found["front"]) <= len(within) < 7
+    assert 0 < len(found["front"]) <= len(within) < 5
     front = {member["subnets"][0]["name"] for member in found["front"]}
     for record in within:
         mine, name = (
@@ -123,37 +138,73 @@ def test_the_front_is_of_true_evaluations_within_the_limits(root, tmp_path, caps
     assert entry(extract.main, [str(root / "run"), *arguments]) == 0
 
 
-def test_a_search_goes_on_and_ends_as_it_would_have(root, tmp_path, capsys):
-    arguments = ("--task", "digits", "--task", "glyphs", "--limit", "parameters=40e3")
-    whole = found_by(capsys, root, tmp_path / "whole", *arguments)
-    lines = (tmp_path / "whole" / "evaluations.jsonl").read_bytes().splitlines(keepends=True)
-    for kept, cut in ((1, 0), (4, 30)):
+def test_a_search_goes_on_and_ends_as_it_would_have(root, tmp_path, capsys, together):
+    """After a kill before anything was evaluated, between two evaluations and in the middle of writing one."""
+    lines = (together / "evaluations.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) == 5
+    for kept, cut in ((0, 0), (1, 0), (3, 30)):
         out = tmp_path / f"killed-{kept}"
         out.mkdir()
-        (out / "search.json").write_bytes((tmp_path / "whole" / "search.json").read_bytes())
+        if kept:
+            (out / "search.json").write_bytes((together / "search.json").read_bytes())
+        else:
+            (out / ".search.json.tmp").write_bytes((together / "search.json").read_bytes()[:40])
         (out / "evaluations.jsonl").write_bytes(b"".join(lines[:kept]) + lines[kept][:cut])
-        assert found_by(capsys, root, out, *arguments) == whole
+        assert found_by(capsys, root, out, *TOGETHER) == json.loads((together / "front.json").read_text())
         assert (out / "evaluations.jsonl").read_bytes() == b"".join(lines)
-        assert {p.name for p in (out / "front").iterdir()} == {p.name for p in (tmp_path / "whole" / "front").iterdir()}
+        assert {p.name for p in (out / "front").iterdir()} == {p.name for p in (together / "front").iterdir()}
 
 
-def test_several_tasks_share_one_budget(root, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda line: b"[" * 5000, "cannot be read"),
+        (lambda line: b"{}", "cannot be read"),
+        (lambda line: line.replace(b'"metrics": {', b'"metrics": {"top1": "high", '), "cannot be read"),
+        (lambda line: line.replace(b'"metrics"', b'"other"'), "cannot be read"),
+        (lambda line: line.replace(b'"dim": 24', b'"dim": 23'), "holds other subnets: dim 23 is none of 9, 16, 24"),
+        (lambda line: line.replace(b'"flops"', b'"flips"'), "holds other subnets"),
+    ],
+)
+def test_evaluations_that_are_damaged_are_refused(root, tmp_path, capsys, together, damage, message):
+    out = tmp_path / "out"
+    out.mkdir()
+    line = (together / "evaluations.jsonl").read_bytes().splitlines()[0]
+    (out / "search.json").write_bytes((together / "search.json").read_bytes())
+    (out / "evaluations.jsonl").write_bytes(damage(line) + b"\n")
+    assert call(root, out, *TOGETHER) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert message in error
+    assert {path.name for path in out.iterdir()} == {"search.json", "evaluations.jsonl"}
+
+
+def test_what_another_process_wrote_meanwhile_is_kept(tmp_path):
+    one, meanwhile, afterwards = (Journal(tmp_path / "out", {}) for _ in range(3))
+    one.add(Record([], {"parameters": 3.0}))
+    with pytest.raises(UserError, match="another search writes there"):
+        meanwhile.add(Record([], {"parameters": 4.0}))
+    del one
+    with pytest.raises(UserError, match="another search writes there"):
+        afterwards.add(Record([], {"parameters": 4.0}))
+    assert Journal(tmp_path / "out", {}).records == [Record([], {"parameters": 3.0})]
+
+
+def test_several_tasks_share_one_budget(root, capsys, together):
     """Parameters of what they share count once, FLOPs add up, accuracy is relative to the whole paths."""
-    arguments = ("--task", "glyphs", "--task", "digits", "--limit", "parameters=30e3")
-    found = found_by(capsys, root, tmp_path / "out", *arguments)
+    found = json.loads((together / "front.json").read_text())
     recipe = Reader(of_run(root / "run")).recipe
     assert list(found["metrics"].items()) == [("digits", "top1"), ("glyphs", "recall@1")]
     for member in found["front"]:
-        specs = [SubnetSpec.load(tmp_path / "out" / subnet["spec"]) for subnet in member["subnets"]]
+        specs = [SubnetSpec.load(together / subnet["spec"]) for subnet in member["subnets"]]
         cost = joint_cost(recipe, specs, {task: len(names) for task, names in CLASSES.items()})
         assert member["costs"] == {"parameters": cost.parameters, "flops": cost.flops}
         assert cost.parameters <= 30e3
         relative = [s["value"] / found["whole"]["values"][s["task"]] for s in member["subnets"]]
         assert member["accuracy"] == pytest.approx(np.mean(relative))
-    assert call(root, tmp_path / "out", *arguments) == 0
+    assert call(root, together, *TOGETHER) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[0].split()[:5] == ["digits", "top1", "glyphs", "recall@1", "of"]
-    assert len(table) == 3 + len(found["front"])
+    assert len(table) == 4 + len(found["front"])
 
 
 @pytest.mark.parametrize(

@@ -251,14 +251,19 @@ def test_specs_that_do_not_go_with_the_run_are_refused(tmp_path, runs, capsys):
     ]:
         file = write_spec(tmp_path, changed)
         assert message in error_of(capsys, evaluate, runs["plain"], "--spec", file)
-        arguments = ["--task", changed.task, "--spec", file, "--out", tmp_path / "out"]
+        arguments = ["--task", changed.task, "--spec", file, "--out", tmp_path / "out", "--verify"]
         assert message in error_of(capsys, extract, runs["plain"], *arguments)
+    for text in ("[" * 100_000, "{", "1", '{"task": "glyphs", "routes": {}, "architecture": {"dim": 1e999}}'):
+        (tmp_path / "hostile.json").write_text(text)
+        arguments = ["--task", "glyphs", "--spec", tmp_path / "hostile.json", "--out", tmp_path / "out"]
+        assert "hostile.json" in error_of(capsys, extract, runs["plain"], *arguments)
     file = write_spec(tmp_path, spec)
     arguments = [runs["plain"], "--task", "digits", "--spec", file, "--out", tmp_path / "out"]
     assert f"--spec {file} is for task 'glyphs', --task is 'digits'" in error_of(capsys, extract, *arguments)
     assert "one more for task 'glyphs'" in error_of(capsys, evaluate, runs["plain"], "--spec", file, "--spec", file)
     extraction.extract(reader, spec, tmp_path / "model")
     assert "is for a run" in error_of(capsys, evaluate, tmp_path / "model", "--spec", file)
+    assert "that has its own" in error_of(capsys, evaluate, tmp_path / "model", "--statistics", tmp_path)
     stem = open_run(runs["stem"])
     narrow = spec_of(stem, "glyphs").sliced(Architecture(16, (4, 6, 16), (2,), (40,)))
     assert not narrow.architecture.fits(Architecture.of(stem.recipe.model.backbone))

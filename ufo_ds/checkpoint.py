@@ -108,7 +108,7 @@ class Reader:
             written = {**values, "sha256": ""}
             parameters = {name: Parameter(**p) for name, p in values.pop("parameters").items()}
             self.index = Index(parameters=parameters, **values)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Damaged(f"{directory} is no checkpoint: {INDEX}: {error}") from None
         if self.index.version != VERSION:
             raise UserError(f"{directory}: version {self.index.version}, expected {VERSION}: train again")

@@ -144,6 +144,8 @@ def _subject(path: Path, last: bool, device: str, spec_files: list[Path], statis
     if is_dense_model(path):
         if spec_files:
             raise UserError(f"--spec {spec_files[0]} is for a run, {path} is a model: give the run it was cut out of")
+        if statistics is not None:
+            raise UserError(f"--statistics {statistics} is for a subnet of a run, {path} is a model that has its own")
         model = open_model(path, device=device)
         classes = {model.task: model.classes}
         return Subject(str(path), model.recipe, classes, None, path, lambda task: model)

@@ -14,7 +14,7 @@ from ufo_ds import checkpoint
 from ufo_ds.data.shard_specs import is_here
 from ufo_ds.data.shards import ShardSet
 from ufo_ds.errors import UserError
-from ufo_ds.model.loading import spec_of
+from ufo_ds.model.loading import check_path, spec_of
 from ufo_ds.model.spec import SubnetSpec
 from ufo_ds.recipe import Recipe
 from ufo_ds.subnets import licences
@@ -53,6 +53,10 @@ def main(argv: list[str] | None = None) -> None:
         for spec in specs:
             licences.check_commercial_use(reader.index, reader.recipe, spec)
     is_one = len(specs) == 1
+    if options.images and not (options.verify and is_one):
+        raise UserError(f"--images {options.images[0]} is to verify the model of one task: leave it out")
+    if options.out.exists():  # before statistics are found, which may take a minute
+        raise UserError(f"--out {options.out} exists: choose another directory or delete it")
     images = _images(reader.recipe, specs[0].task, options.images) if options.verify and is_one else []
 
     from transformers.utils import logging  # takes seconds to import
@@ -96,7 +100,7 @@ def _specs(reader: checkpoint.Reader, tasks: list[str], files: list[Path]) -> li
     """Of every task, the one of a file or else the run's.
 
     Raises:
-        UserError: a task that the checkpoint lacks, or one that comes twice, or a file of another task.
+        UserError: a task that the checkpoint lacks, or a file of another model or task, or one more of a task.
     """
     given: dict[str, SubnetSpec] = {}
     for file in files:
@@ -105,6 +109,7 @@ def _specs(reader: checkpoint.Reader, tasks: list[str], files: list[Path]) -> li
             raise UserError(f"--spec {file} is for task {spec.task!r}, --task is {', '.join(map(repr, tasks))}")
         if spec.task in given:
             raise UserError(f"--spec {file} is one more for task {spec.task!r}: give one of each")
+        check_path(reader, spec)
         given[spec.task] = spec
     return [given.get(task) or spec_of(reader, task) for task in dict.fromkeys(tasks)]
 

@@ -4,13 +4,14 @@ ufo latency runs/mine --task person --out phone.json                           #
 ufo latency mine.yaml --task person --backend onnx --threads 4 --out phone.json
 ufo latency person-vit --batch_size 16                                         # one model that ufo extract wrote
 
-A run or recipe needs no checkpoint: weights are random. A call is from normalised pixels to the embedding; of a model
-with a classifier, to its logits. On one thread of a CPU, times are the thread's own, without what other processes take
-of its core; otherwise those that pass.
+A run or recipe needs no checkpoint: weights are random. A call is from normalised pixels to the embedding; of an
+extracted model with a classifier, to its logits. On one thread of a CPU, times are the thread's own, without what other
+processes take of its core; otherwise those that pass.
 """
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any, get_args
 
@@ -65,10 +66,13 @@ def main(argv: list[str] | None = None) -> None:
     recipe, task = _recipe_of(options.model, options.task)
     if options.out is None:
         raise UserError("--out: say where to write the profile")
-    if not options.out.parent.is_dir() or options.out.is_dir():
-        raise UserError(f"--out {options.out}: give a file in a directory that exists")
+    if not os.access(options.out.parent, os.W_OK) or options.out.is_dir():
+        raise UserError(f"--out {options.out}: give a file in a directory that exists and that you can write to")
     profile = _of_space(recipe, task, target, count)
-    profile.save(options.out)
+    try:
+        profile.save(options.out)
+    except OSError as error:
+        raise UserError(f"--out {options.out}: {error.strerror}: choose a directory that you can write to") from None
     if options.json:
         print(json.dumps({"out": str(options.out), **profile.values()}))
         return

@@ -10,7 +10,6 @@ ordered one: order first, then train subnets.
 """
 
 import argparse
-import contextlib
 import json
 import shutil
 from collections import defaultdict
@@ -26,7 +25,8 @@ from ufo_ds import checkpoint
 from ufo_ds.checkpoint import Reader, write_text
 from ufo_ds.data.shards import ShardSet
 from ufo_ds.data.source import open_sets
-from ufo_ds.data.transforms import CorruptImage, evaluation_transform
+from ufo_ds.data.spaced_images import spaced_images
+from ufo_ds.devices import check_device
 from ufo_ds.errors import UserError
 from ufo_ds.model.loading import load_supernet, spec_of
 from ufo_ds.model.parameters import address_of
@@ -34,7 +34,6 @@ from ufo_ds.progress import Progress
 from ufo_ds.recipe_task import Size
 from ufo_ds.subnets.importance import kept, measure
 from ufo_ds.subnets.ordering import DIM, by_importance, plain_buffers, rewrite
-from ufo_ds.subnets.task_model import check_device
 
 BATCH = 16  # images in a forward pass
 SHARES = (0.25, 0.5, 0.75)
@@ -67,9 +66,15 @@ def order(reader: Reader, out: Path, images: int, device: str) -> dict[str, Any]
     """Measure and write, as :func:`main` does; what ``importance.json`` says.
 
     Raises:
-        UserError: ``out`` exists or cannot be written; training images that are not here; a damaged checkpoint.
+        UserError: ``out`` exists or cannot be written; training images that are not here; a damaged checkpoint, or one
+            of subnets.
     """
-    partial = out.with_name(f".{out.name}.partial")
+    if reader.index.specs:
+        raise UserError(
+            f"{reader.directory} holds subnets of {', '.join(reader.index.specs)}, no whole model: order the run that "
+            f"they are of"
+        )
+    partial = out.parent / f".{out.name}.partial"
     try:
         if out.exists():
             raise UserError(f"--out {out} exists: choose another directory or delete it")
@@ -103,7 +108,7 @@ def importance(reader: Reader, images: int, device: str) -> tuple[dict[str, int]
     sets = {task.name: open_sets(task, recipe.data.shard_cache) for task in recipe.tasks}
     counts: dict[str, int] = {}
     total: dict[str, Tensor] = {}
-    expected = sum(_number(of_task, images) for of_task in sets.values())
+    expected = sum(min(images, sum(map(len, of_task))) for of_task in sets.values())
     with Progress(expected, unit="images", name="measure") as progress:
         for task in recipe.tasks:
             model = load_supernet(reader, [spec_of(reader, task.name)], device)
@@ -118,24 +123,18 @@ def importance(reader: Reader, images: int, device: str) -> tuple[dict[str, int]
     return counts, total
 
 
-def _number(sets: Sequence[ShardSet], images: int) -> int:
-    return min(images, sum(map(len, sets)))
-
-
 def _batches(sets: Sequence[ShardSet], images: int, input_hw: Size, progress: Progress) -> Iterator[Tensor]:
     """Images at equal distances, uint8 ``[B, 3, H, W]``; those that cannot be read are left out."""
-    size, count = sum(map(len, sets)), _number(sets, images)
-    for start in range(0, count, BATCH):
-        batch = []
-        for n in range(start, min(start + BATCH, count)):
-            progress.update()
-            index, of_set = n * size // count, iter(sets)
-            while index >= len(shards := next(of_set)):
-                index -= len(shards)
-            with contextlib.suppress(CorruptImage):
-                batch.append(evaluation_transform(shards.read(index), input_hw))
-        if batch:
+    batch: list[np.ndarray] = []
+    for image in spaced_images(sets, images, input_hw):
+        progress.update()
+        if image is not None:
+            batch.append(image)
+        if len(batch) == BATCH:
             yield torch.from_numpy(np.stack(batch))
+            batch.clear()
+    if batch:
+        yield torch.from_numpy(np.stack(batch))
 
 
 def summary(counts: Mapping[str, int], scores: Mapping[str, Tensor], orders: Mapping[str, Tensor]) -> dict[str, Any]:

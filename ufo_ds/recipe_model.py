@@ -203,6 +203,9 @@ class Model:
             choices = getattr(self.elastic, name)
             if choices and max(choices) != largest:
                 raise ValueError(f"elastic.{name} {choices}: the largest must be {largest:g}, as in the backbone")
+        if not round(min(self.elastic.dim or [backbone.dim]) * min(self.elastic.mlp_ratio or [backbone.mlp_ratio])):
+            raise ValueError(f"elastic.mlp_ratio {self.elastic.mlp_ratio} leaves FFNs of the smallest dim no channel: "
+                             "raise one of them")  # fmt: skip
         if self.elastic.stem and not backbone.stem:
             raise ValueError(f"elastic.stem {self.elastic.stem}, but the backbone has no stem: remove it")
         for share in self.elastic.stem:

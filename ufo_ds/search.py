@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from ufo_ds import checkpoint
+from ufo_ds.devices import check_device
 from ufo_ds.errors import UserError
 from ufo_ds.evaluation import benchmarks
 from ufo_ds.evaluation.features import FeatureFiles, TaskImages, open_images, predict
@@ -100,6 +101,10 @@ def main(argv: list[str] | None = None) -> None:
         "seed": options.seed,
     }
     journal = Journal(options.out, arguments)
+    try:
+        known(space, journal.records)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"--out {options.out} holds other subnets: {error}: choose another directory") from None
     evaluator = Evaluator(reader, options.run, recipe, images, options.metric, options.device)
     searched = space.searched(objectives, limits)
     found = _evaluate_all(space, searched, evaluator, journal, options.evaluations, options.seed)
@@ -165,13 +170,19 @@ def _evaluated(trained: Recipe, options: argparse.Namespace) -> Recipe:
 def _space(reader: checkpoint.Reader, tasks: list[str], run: Path, profiles: list[Profile]) -> ElasticSpace:
     """
     Raises:
-        UserError: the model has no elastic sizes, or a profile is of another one.
+        UserError: the model has no elastic sizes, or a profile is of another one, or of another target than the first.
     """
     recipe = reader.recipe
     try:
         SearchSpace.of(recipe.model)
     except UserError as error:
         raise UserError(f"{run}: {error}") from None
+    for profile in profiles[1:]:
+        if profile.target != profiles[0].target:
+            raise UserError(
+                f"--profile {profiles[0].source} is of {profiles[0].target}, {profile.source} of {profile.target}: "
+                "their times do not add up: measure both alike"
+            )
     latency = []
     for task in only(recipe, tasks).tasks if profiles else []:
         profile = next((p for p in profiles if p.input == task.input), profiles[0])
@@ -190,7 +201,7 @@ class Evaluator:
     ):  # fmt: skip
         from ufo_ds.subnets import recalibration, task_model  # transformers takes seconds to import
 
-        task_model.check_device(device)
+        check_device(device)
         self._models, self._recalibration = task_model, recalibration
         self.reader, self.run, self.recipe, self.images, self.metric = reader, run, recipe, images, metric
         self.device = device

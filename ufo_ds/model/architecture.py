@@ -102,7 +102,7 @@ class SearchSpace:
         return cls(
             tuple(sorted(set(elastic.depth or [backbone.depth]))),
             tuple(sorted(set(elastic.dim or [backbone.dim]))),
-            tuple(narrow_stem(backbone.stem, share) for share in sorted(set(elastic.stem or [1.0]))),
+            tuple(dict.fromkeys(narrow_stem(backbone.stem, share) for share in sorted(elastic.stem or [1.0]))),
             tuple(sorted(set(elastic.heads or [backbone.heads]))),
             tuple(sorted(set(elastic.mlp_ratio or [backbone.mlp_ratio]))),
         )
@@ -114,11 +114,6 @@ class SearchSpace:
     @property
     def smallest(self) -> Architecture:
         return self._uniform(0)
-
-    def __len__(self) -> int:
-        """How many subnets there are; some may be alike, where two ratios round to one width."""
-        once = len(self.dim) * len(self.stem)
-        return once * sum((len(self.heads) * len(self.mlp_ratio)) ** depth for depth in self.depth)
 
     def draw(self, *key: int | str) -> Architecture:
         """One by this key, each size uniformly among its choices."""

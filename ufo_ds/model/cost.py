@@ -74,6 +74,9 @@ def joint_cost(recipe: Recipe, specs: Sequence[SubnetSpec], classes: Mapping[str
 
     A shared unit that several use counts once, as large as the largest slice of it in each direction; the shared
     position embedding once for every grid. FLOPs add up, as each task has its own pass.
+
+    The directory that ``ufo extract`` writes for several tasks may hold more, as it is a checkpoint: margin heads, and
+    own copies as large as what is shared. It holds one shared position embedding, which is resized to other grids.
     """
     backbone = recipe.model.backbone
     largest: dict[_Piece, tuple[int, ...]] = {}

@@ -34,10 +34,10 @@ def load_supernet(reader: Reader, specs: list[SubnetSpec], device: torch.device 
     model.fill_constants()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name in reader.index.parameters:
+            if reader.index.specs and name not in reader.index.parameters:
+                parameter.zero_()  # several tasks' subnets come without copies that none of them takes
+            else:
                 parameter.copy_(reader.parameter(name))
-            else:  # several tasks' subnets come without copies that none of them takes
-                parameter.zero_()
         for name, buffer in model.named_buffers():
             if name in reader.index.buffers:
                 value = reader.buffer(name)  # of a narrower subnet the leading ones

@@ -70,7 +70,7 @@ class SubnetSpec:
     def load(cls, path: Path) -> "SubnetSpec":
         try:
             values = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is no subnet spec: {error}") from None
         return cls.from_values(values, str(path))
 

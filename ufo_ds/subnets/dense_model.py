@@ -85,7 +85,7 @@ class DenseModel:
                 backbone = _load(AutoModel, path)
                 linear = recipe.tasks[0].head.type == "linear"
                 classifier = _load(AutoModelForImageClassification, path).classifier if linear else None
-        except (OSError, ValueError, RuntimeError, StrictDataclassError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, RuntimeError, StrictDataclassError, SafetensorError) as error:
             raise UserError(f"{path} does not load: {str(error).splitlines()[0]}: extract it again") from None
         state = dict(backbone.state_dict())
         if classifier is not None:
@@ -130,7 +130,7 @@ def _check_preprocessing(path: Path, recipe: Recipe) -> None:
     try:
         stated = json.loads((path / PROCESSOR).read_text())
         assert isinstance(stated, dict)
-    except (OSError, ValueError, AssertionError):
+    except (OSError, ValueError, RecursionError, AssertionError):
         raise UserError(f"{path / PROCESSOR} is missing or no image processor: extract the model again") from None
     wanted = json.loads(image_processor(recipe, recipe.tasks[0]).to_json_string())
     for key in {**wanted, **stated}:

@@ -36,7 +36,8 @@ WEIGHTS = "model.safetensors"
 
 def extract(reader: Reader, specs: list[SubnetSpec], out: Path, statistics: Statistics) -> int:
     """Write the subnets of several tasks, one of each. Only what they need is read, twice, one tensor at a time.
-    Returns the number of parameters.
+    Returns the number of parameters: of all that is there, margin heads and what own copies have beyond their subnet's
+    sizes too, unlike :func:`ufo_ds.model.cost.joint_cost`.
 
     Args:
         statistics: of all their necks that need some; see :func:`recalibration.statistics`.

@@ -5,8 +5,6 @@ images as evaluation sees them (the post-statistics of Yu and Huang, 2019). With
 out, compared with the supernet and evaluated has the same ones.
 """
 
-import bisect
-import itertools
 from contextlib import nullcontext
 
 import numpy as np
@@ -18,7 +16,7 @@ from ufo_ds.data.image_files import Images, open_images
 from ufo_ds.data.shard_specs import is_here
 from ufo_ds.data.shards import ShardSet
 from ufo_ds.data.source import open_sets
-from ufo_ds.data.transforms import CorruptImage, evaluation_transform
+from ufo_ds.data.spaced_images import spaced_images
 from ufo_ds.errors import UserError
 from ufo_ds.model.loading import check_path, spec_of
 from ufo_ds.model.spec import SubnetSpec
@@ -101,24 +99,12 @@ def training_pixels(recipe: Recipe, task: str, source: str | None = None) -> Ten
                     f"not here: give shards or a folder of such images with --statistics"
                 )
         sets = [*open_sets(found, recipe.data.shard_cache)]
-    starts = list(itertools.accumulate([_count(images) for images in sets], initial=0))
-    count = min(IMAGES, starts[-1])
-    pixels = []
-    for i in range(count):
-        index = i * starts[-1] // count
-        number = bisect.bisect_right(starts, index) - 1
-        try:
-            pixels.append(evaluation_transform(sets[number].read(index - starts[number]), found.input))
-        except CorruptImage:
-            continue
+    tried = list(spaced_images(sets, IMAGES, found.input))
+    pixels = [image for image in tried if image is not None]
     if len(pixels) < 2:
         where = source or ", ".join(entry.shards for entry in found.train)
         raise UserError(
-            f"{where}: {len(pixels)} of {count} images can be read, the statistics of the neck of {task} need two: "
-            f"give others with --statistics"
+            f"{where}: {len(pixels)} of {len(tried)} images can be read, the statistics of the neck of {task} need "
+            f"two: give others with --statistics"
         )
     return torch.from_numpy(np.stack(pixels))
-
-
-def _count(images: Images | ShardSet) -> int:
-    return len(images) if isinstance(images, ShardSet) else len(images.names)

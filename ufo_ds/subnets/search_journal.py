@@ -50,9 +50,18 @@ class Record:
     def from_json(cls, line: str, source: str) -> "Record":
         values = json.loads(line)
         subnets = [
-            Evaluated(SubnetSpec.from_values(s["spec"], source), s["metric"], s["metrics"]) for s in values["subnets"]
+            Evaluated(SubnetSpec.from_values(s["spec"], source), s["metric"], _numbers(s["metrics"]))
+            for s in values["subnets"]
         ]
-        return cls(subnets, values["costs"])
+        if any(subnet.metric not in subnet.metrics for subnet in subnets):
+            raise ValueError(f"a metric is missing in {line[:40]}...")
+        return cls(subnets, _numbers(values["costs"]))
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    if not isinstance(values, dict) or any(type(value) not in (int, float) for value in values.values()):
+        raise ValueError(f"{values!r} are no numbers")
+    return values
 
 
 class Journal:
@@ -76,13 +85,14 @@ class Journal:
         try:
             if about.exists():
                 self._check(json.loads(about.read_text()))
-            elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            elif directory.exists() and (not directory.is_dir() or any(map(_is_foreign, directory.iterdir()))):
                 raise UserError(f"--out {directory} is there, and no search: choose another directory")
             text = self._path.read_bytes() if self._path.exists() else b""
+            self._found = len(text)
             self._whole = text.rfind(b"\n") + 1  # a kill may cut the last line short
             lines = text[: self._whole].decode().splitlines()
             self.records = [Record.from_json(line, str(self._path)) for line in lines]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"--out {directory} cannot be read: {error}: choose another directory") from None
 
     def _check(self, saved: Any) -> None:
@@ -102,6 +112,8 @@ class Journal:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._file = self._path.open("a")
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(self._file.fileno()).st_size != self._found:
+                    raise BlockingIOError  # it has, since this one has read
                 checkpoint.write_text(self.directory / "search.json", json.dumps(self._arguments, indent=1) + "\n")
                 self._file.truncate(self._whole)
             print(record.to_json(), file=self._file, flush=True)
@@ -111,3 +123,8 @@ class Journal:
         except OSError as error:
             raise UserError(f"--out {self.directory}: {error.strerror}: choose one you can write to") from None
         self.records.append(record)
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether it is more than a kill leaves before anything was evaluated."""
+    return path.name != ".search.json.tmp" and (path.name != "evaluations.jsonl" or path.stat().st_size > 0)

@@ -43,6 +43,8 @@ class ElasticSpace:
         self._once = [len(choices) - 1 for choices in (sizes.depth, sizes.dim, sizes.stem)]
         self._layers = [len(choices) - 1 for choices in (sizes.heads, sizes.mlp_ratio)]
         self._blocks = sizes.depth[-1]
+        widths = [[round(dim * ratio) for ratio in sizes.mlp_ratio] for dim in sizes.dim]
+        self._first_ratio = np.array([[of_dim.index(width) for width in of_dim] for of_dim in widths])
         self.width = ONCE + 2 * self._blocks
         self.parts = [slice(t * self.width, (t + 1) * self.width) for t in range(len(whole))]
         self._known_costs: dict[bytes, tuple[float, float]] = {}
@@ -65,12 +67,15 @@ class ElasticSpace:
         return COSTS if self.latency else COSTS[:2]
 
     def tidy(self, levels_NG: np.ndarray) -> np.ndarray:
+        """The same subnets by the levels that :meth:`levels` gives them."""
         levels_NG = levels_NG.copy()
         depth_of = np.array(self.sizes.depth)
         for part in self.parts:
             mine = levels_NG[:, part]
             left_out_NB = np.arange(self._blocks) >= depth_of[mine[:, 0]][:, None]
             mine[:, ONCE:][np.tile(left_out_NB, 2)] = 0
+            ratios_NB = mine[:, ONCE + self._blocks :]
+            ratios_NB[:] = self._first_ratio[mine[:, 1][:, None], ratios_NB]
         return levels_NG
 
     def specs(self, levels_G: np.ndarray) -> list[SubnetSpec]:

@@ -17,6 +17,7 @@ from transformers import ViTConfig
 
 from ufo_ds import checkpoint
 from ufo_ds.data.mixing import Batch
+from ufo_ds.devices import check_device
 from ufo_ds.errors import UserError
 from ufo_ds.model.classifiers import CosineClassifier
 from ufo_ds.model.dense import leading, vit_config
@@ -158,14 +159,3 @@ def fingerprint(config: ViTConfig, state: Mapping[str, Tensor], recipe: Recipe) 
         digest.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def check_device(device: str) -> None:
-    """
-    Raises:
-        UserError: torch has no such device here.
-    """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        raise UserError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
