@@ -83,7 +83,8 @@ END
 # Of a daemon's pid file: the process it names, where that one runs and is this program.
 process_of() {
     local pid
-    pid=$(cat "$directory/$1.pid" 2> /dev/null) && [[ $(cat "/proc/$pid/comm" 2> /dev/null) == "${1%%-*}" ]] && echo "$pid"
+    pid=$(cat "$directory/$1.pid" 2> /dev/null) || return 1
+    [[ $(readlink "/proc/$pid/exe") == */"${1%%-*}" ]] && echo "$pid" # a zombie has no such link
 }
 
 end() {
