@@ -1,0 +1,32 @@
+# shellcheck shell=bash disable=SC2034
+# Read by every job script: finds the repository (sbatch runs a copy of the script, from somewhere else), then the site.
+UFO_HOME=${UFO_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
+export UFO_HOME
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# shellcheck source=slurm/site.sh
+source "${UFO_SITE:-$UFO_HOME/slurm/site.sh}"
+
+# Runs a command for each of what the array's tasks share out: all of them where the job is no array.
+# mine ITEM...: those of this task, in ${items[@]}.
+mine() {
+    items=("$@")
+    if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
+        ((SLURM_ARRAY_TASK_ID < $#)) || fail "--array $SLURM_ARRAY_TASK_ID: there are $# to do, numbered from 0"
+        items=("${items[SLURM_ARRAY_TASK_ID]}")
+    fi
+}
+
+# split ARGUMENT... [-- OPTION...]: into ${arguments[@]} and ${options[@]}.
+split() {
+    arguments=() options=()
+    while (($#)) && [[ $1 != -- ]]; do
+        arguments+=("$1")
+        shift
+    done
+    (($# == 0)) || options=("${@:2}")
+}
