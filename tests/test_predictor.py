@@ -121,33 +121,28 @@ def test_intervals_hold_what_they_say():
     assert 0.82 < np.mean(held) < 0.97
 
 
-def test_expected_improvement_is_the_mean_over_draws():
+def test_moments_are_those_of_drawn_labels():
     choices, others = draw(15, 7), draw(6, 8)
-    found = Predictor(choices, np.random.default_rng(9).normal(size=(15, 2)))
+    found = Predictor(choices, np.random.default_rng(9).normal(size=(15, 2)) ** 3)
+    mean_NT, std_NT = found.moments(others)
     mean_TM, covariance = found.posterior(others)
-    best = found.posterior(choices)[0][1].max()
-    draws = torch.distributions.MultivariateNormal(mean_TM[1], covariance[1] + 1e-9 * torch.eye(6))
-    sampled = (draws.sample((200_000,)) - best).clamp_min(0).mean(0)
-    assert np.allclose(found.expected_improvement(others, 1), sampled, atol=0.01)
+    std_TM = (covariance.diagonal(dim1=1, dim2=2) + found.noise_T.detach().exp()[:, None]).sqrt().numpy()
+    normal = np.random.default_rng(0).standard_normal(200_000)
+    for task in range(2):
+        for i in range(6):
+            labels = found.warps[task].labels_of(mean_TM[task, i].item() + std_TM[task, i] * normal)
+            assert mean_NT[i, task] == pytest.approx(labels.mean(), abs=0.1 * labels.std())
+            assert std_NT[i, task] == pytest.approx(labels.std(), rel=0.2)
 
 
-def test_most_informative_is_greedy_over_refitted_posteriors():
-    """The next one is that with the largest variance to noise once those before have labels; by inverting anew."""
-    choices, others = draw(10, 11), draw(30, 12)
+def test_information_is_what_the_label_lowers_the_entropy_by():
+    """Entropies of what it measures, with and without the label, by the variance once it is conditioned on."""
+    choices, others = draw(10, 11), draw(8, 12)
     found = Predictor(choices, np.random.default_rng(13).normal(size=(10, 2)))
-    noise = found.noise_T.detach().exp()
-    covariance = found.posterior(others)[1]
-    chosen: list[int] = []
-    for _ in range(5):
-        gains = torch.zeros(30, dtype=torch.float64)
-        for task in range(2):
-            seen = covariance[task][chosen][:, chosen] + noise[task] * torch.eye(len(chosen), dtype=torch.float64)
-            cross = covariance[task][:, chosen]
-            variance = covariance[task].diagonal() - (cross @ torch.linalg.inv(seen) * cross).sum(1)
-            gains += torch.log1p(variance / noise[task])
-        gains[chosen] = -1
-        chosen.append(int(gains.argmax()))
-    assert found.most_informative(others, 5) == chosen
+    noise_T = found.noise_T.detach().exp().numpy()
+    variance_TM = found.posterior(others)[1].diagonal(dim1=1, dim2=2).numpy()
+    after_TM = variance_TM - variance_TM**2 / (variance_TM + noise_T[:, None])
+    assert np.allclose(found.information(others), 0.5 * np.log(variance_TM / after_TM).sum(0))
 
 
 def test_normal_scores():

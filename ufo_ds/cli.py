@@ -14,6 +14,8 @@ VERBS = {
     "evaluate": "run the benchmarks of a trained run or of an extracted model",
     "report": "the results of runs as one page: metrics with intervals, curves, pictures, routes, costs",
     "compare": "compare two recipes by their runs, with intervals over seeds and test items",
+    "order": "sort a run's heads and channels by importance, so that leading slices keep what matters",
+    "search": "find the subnets of an elastic model that are best for what they cost, within limits",
     "extract": "cut a task, or a smaller subnet of it, out of a run as a dense Hugging Face model",
     "latency": "measure how long subnets take on a device, as a profile that predicts it of any other",
     "index": "make an index of images, in which a model finds those most like another",

@@ -14,7 +14,6 @@ by item for `ufo compare` and `ufo report`.
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import sys
 import tempfile
@@ -28,7 +27,7 @@ if __name__ == "__main__":  # started by its path: the repository, not this fold
 import numpy as np
 import torch
 
-from ufo_ds import checkpoint, recipe_file
+from ufo_ds import checkpoint
 from ufo_ds.data import attributes
 from ufo_ds.data.source import TrainSource
 from ufo_ds.errors import UserError, run
@@ -36,6 +35,7 @@ from ufo_ds.evaluation import benchmarks, outcomes, overlap, thresholds
 from ufo_ds.evaluation.features import FeatureFiles, Kind, Predictions, TaskImages, open_images, predict
 from ufo_ds.evaluation.outcomes import Outcomes
 from ufo_ds.evaluation.pixels import nearest_neighbour_attributes, nearest_neighbour_scores, pixel_features
+from ufo_ds.evaluation.selection import select
 from ufo_ds.model.loading import check_path, spec_of
 from ufo_ds.model.spec import SubnetSpec
 from ufo_ds.parallel import ranks, scoring
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     if adopt_environment() > 1:
         init_distributed()
     subject = _subject(options.run, options.last, options.device, options.spec, options.statistics)
-    recipe = _evaluated(subject, options)
+    recipe = select(subject.recipe, options.run, options.recipe, options.task, options.benchmark)
     images = open_images(recipe)
     left_out = overlap.left_out(options.audit, subject.recipe, recipe) if options.audit else {}
     benchmarks.check(recipe, images, subject.classes)
@@ -172,38 +172,6 @@ def _subject(path: Path, last: bool, device: str, spec_files: list[Path], statis
         checkpoints.parent if checkpoints.name == "checkpoints" and not specs else None,
         open_task,
     )
-
-
-def _evaluated(subject: Subject, options: argparse.Namespace) -> Recipe:
-    """The recipe of what is evaluated: its tasks, with the benchmarks that are asked for.
-
-    Raises:
-        UserError: none is left.
-    """
-    recipe = subject.recipe
-    asked = {task.name: task.benchmarks for task in recipe.tasks}
-    if options.recipe:
-        others = {task.name: task.benchmarks for task in recipe_file.load(options.recipe).tasks}
-        if not asked.keys() & others.keys():
-            raise UserError(
-                f"--recipe {options.recipe} has the tasks {', '.join(others)}, {options.run} has {', '.join(asked)}: "
-                f"none in common"
-            )
-        asked = {name: others[name] for name in asked if name in others}
-        recipe = only(recipe, list(asked))
-    if options.task:
-        recipe = only(recipe, options.task)
-    if options.benchmark:
-        known = [benchmark.name for task in recipe.tasks for benchmark in asked[task.name]]
-        for name in options.benchmark:
-            if name not in known:
-                raise UserError(f"--benchmark {name!r} is not there: choose of {', '.join(known) or 'none'}")
-        asked = {task: [b for b in of_task if b.name in options.benchmark] for task, of_task in asked.items()}
-    if not any(asked[task.name] for task in recipe.tasks):
-        raise UserError(f"{options.run}: no benchmarks for {', '.join(t.name for t in recipe.tasks)}: give --recipe")
-    tasks = [dataclasses.replace(task, benchmarks=asked[task.name]) for task in recipe.tasks]
-    evaluation = dataclasses.replace(recipe.evaluation, best=None)  # may be of a benchmark that is not there
-    return dataclasses.replace(recipe, tasks=tasks, evaluation=evaluation)
 
 
 @contextlib.contextmanager

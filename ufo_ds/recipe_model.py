@@ -130,12 +130,13 @@ class Elastic:
     heads: list[Positive] = dataclasses.field(default_factory=list)  # of each block
     mlp_ratio: list[Ratio] = dataclasses.field(default_factory=list)  # of each block, times the subnet's dim
     # "sandwich": the largest, the smallest and `random` others of each task in every step (Yu and Huang, 2019);
-    # "random": one of each task.
+    # "random": one of each task, as published. The running statistics of necks then mix all sizes: evaluation while
+    # training is of little use; `ufo evaluate` and what cuts subnets out find them anew.
     sampling: Literal["sandwich", "random"] = "sandwich"
     random: Annotated[int, Field(ge=0)] = 1
     # Share of the loss of the smaller ones that is the divergence from what the largest says of the same images
     # (in-place distillation: Yu et al., 2020); the rest is the loss of the labels.
-    distillation: Share = 0.5
+    distillation: Share = 0.9
 
     @property
     def subnets(self) -> int:

@@ -27,6 +27,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 PRIOR = 1.5  # standard deviation of the logarithm of every learned number
 JITTER = 1e-5
 ITERATIONS = 60  # of L-BFGS-B
+NODES = 32  # of a quadrature
+PART = 64  # architectures whose covariance is made at once
 
 
 @dataclass(frozen=True)
@@ -182,42 +184,43 @@ class Predictor:
         explained = torch.linalg.solve_triangular(self._cholesky_TNN, between_TMN.transpose(1, 2), upper=False)
         return mean_TM, scale * self.kernel(choices, choices) - explained.transpose(1, 2) @ explained
 
+    def _marginals(self, choices: Choices) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and variance ``[T, N]`` of :meth:`posterior`, without the covariance of all with all."""
+        found = [self.posterior(choices[start : start + PART]) for start in range(0, max(1, len(choices)), PART)]
+        variances = [covariance.diagonal(dim1=1, dim2=2).clamp_min(0) for _, covariance in found]
+        return torch.cat([mean for mean, _ in found], 1).numpy(), torch.cat(variances, 1).numpy()
+
+    def _measured(self, choices: Choices) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and variance ``[T, N]`` of the normal scores that measurements would give."""
+        mean_TM, variance_TM = self._marginals(choices)
+        return mean_TM, variance_TM + self.noise_T.detach().exp().numpy()[:, None]
+
     def predict(self, choices: Choices, level: float = 0.9) -> Prediction:
         """Labels that measurements of these architectures would give, with an interval for each."""
-        mean_TM, covariance = self.posterior(choices)
-        variance = covariance.diagonal(dim1=1, dim2=2).clamp_min(0) + self.noise_T.detach().exp()[:, None]
-        half_width = float(norm.ppf(0.5 + level / 2)) * variance.sqrt()
+        mean_TM, variance_TM = self._measured(choices)
+        half_width = float(norm.ppf(0.5 + level / 2)) * np.sqrt(variance_TM)
         low, median, high = (
-            np.stack([warp.labels_of(row) for warp, row in zip(self.warps, scores.numpy(), strict=True)], 1)
+            np.stack([warp.labels_of(row) for warp, row in zip(self.warps, scores, strict=True)], 1)
             for scores in (mean_TM - half_width, mean_TM, mean_TM + half_width)
         )
         return Prediction(median, low, high)
 
-    def expected_improvement(self, choices: Choices, task: int) -> np.ndarray:
-        """By how much, in normal scores, each is expected to exceed the best one evaluated, whose own score is taken
-        without its noise (Jones, Schonlau and Welch, 1998, eq. 15)."""
-        best = self.posterior(self.choices)[0][task].max()
-        mean_TM, covariance = self.posterior(choices)
-        std_M = covariance[task].diagonal().clamp_min(1e-12).sqrt()
-        z_M = (mean_TM[task] - best) / std_M
-        normal = torch.distributions.Normal(0.0, 1.0)
-        return (std_M * (z_M * normal.cdf(z_M) + normal.log_prob(z_M).exp())).numpy()
+    def moments(self, choices: Choices) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation ``[N, T]`` of the labels that measurements of these architectures would give, by
+        Gauss-Hermite quadrature over their normal scores."""
+        mean_TM, variance_TM = self._measured(choices)
+        nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
+        scores_TMQ = mean_TM[..., None] + np.sqrt(variance_TM)[..., None] * nodes
+        labels_NTQ = np.stack([warp.labels_of(of) for warp, of in zip(self.warps, scores_TMQ, strict=True)], 1)
+        mean_NT = np.average(labels_NTQ, 2, weights)
+        return mean_NT, np.sqrt(np.average((labels_NTQ - mean_NT[..., None]) ** 2, 2, weights))
 
-    def most_informative(self, candidates: Choices, count: int) -> list[int]:
-        """The ``count`` candidates whose labels together would say most about all of them: one after the other that
-        with the largest mutual information between its label and what it measures, over all tasks, given those before
-        (Krause, Singh and Guestrin, 2008, entropy criterion)."""
-        covariance, noise = self.posterior(candidates)[1].clone(), self.noise_T.detach().exp()[:, None]
-        chosen: list[int] = []
-        for _ in range(count):
-            variance_TM = covariance.diagonal(dim1=1, dim2=2).clamp_min(0)
-            gain_M = torch.log1p(variance_TM / noise).sum(0)
-            gain_M[chosen] = -1.0
-            chosen.append(int(gain_M.argmax()))
-            column_TM = covariance[:, :, chosen[-1]]
-            seen_T = column_TM[:, chosen[-1]] + noise[:, 0]
-            covariance = covariance - column_TM[:, :, None] * column_TM[:, None] / seen_T[:, None, None]
-        return chosen
+    def information(self, choices: Choices) -> np.ndarray:
+        """How much the label of each ``[N]`` would say of what it measures, over all tasks: their mutual information,
+        in nats (Krause, Singh and Guestrin, 2008). The next one with the most of it makes a greedy choice of those that
+        say most together, once it is fitted in."""
+        noise_T = self.noise_T.detach().exp().numpy()
+        return 0.5 * np.log1p(self._marginals(choices)[1] / noise_T[:, None]).sum(0)
 
 
 def one_hot(choices: Choices) -> np.ndarray:

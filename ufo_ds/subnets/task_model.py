@@ -94,7 +94,7 @@ def open_model(path: Path, task: str | None = None, device: str = "cpu") -> Task
     Raises:
         UserError: neither is there, files are missing or damaged, no such task, or no such device.
     """
-    _check_device(device)
+    check_device(device)
     if is_dense_model(path):
         dense = DenseModel.load(path, device)
         found = dense.recipe.tasks[0].name
@@ -160,7 +160,11 @@ def fingerprint(config: ViTConfig, state: Mapping[str, Tensor], recipe: Recipe) 
     return digest.hexdigest()
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """
+    Raises:
+        UserError: torch has no such device here.
+    """
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
