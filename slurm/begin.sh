@@ -30,3 +30,25 @@ split() {
     done
     (($# == 0)) || options=("${@:2}")
 }
+
+# option --NAME DEFAULT ARGUMENT...: the last value of an option among arguments
+option() {
+    local name=$1 value=$2
+    shift 2
+    while (($#)); do
+        case $1 in
+            "$name") value=${2:-} ;;
+            "$name"=*) value=${1#*=} ;;
+        esac
+        shift
+    done
+    echo "$value"
+}
+
+# What is trained, how it is spread and where: by train.py's arguments, or else the environment.
+training() {
+    recipe=$(option --recipe "${UFO_RECIPE:-demo}" "$@")
+    deepspeed=$(option --deepspeed "${UFO_DEEPSPEED:-$UFO_HOME/ds_configs/moe.json}" "$@")
+    local name=${recipe##*/}
+    run_dir=$(option --run_dir "${UFO_RUN_DIR:-runs/${name%.yaml}}" "$@")
+}

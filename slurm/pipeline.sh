@@ -19,13 +19,12 @@ if [[ " $* " == *" -- "* ]]; then
     of_training=(${arguments[@]+"${arguments[@]}"})
     set -- ${options[@]+"${options[@]}"}
 fi
-recipe=$(option --recipe "${UFO_RECIPE:-demo}" "$@")
-name=${recipe##*/}
-run_dir=$(option --run_dir "${UFO_RUN_DIR:-runs/${name%.yaml}}" "$@")
+training "$@"
+set -- "$@" --recipe "$recipe" --deepspeed "$deepspeed" --run_dir "$run_dir"
 read -r -a of_helpers <<< "${UFO_HELPERS:-}"
 
 # A wrong recipe is refused here, before anything is submitted.
-found=$(${container[@]+"${container[@]}"} ufo train --tasks "$@" --recipe "$recipe") || exit 2
+found=$(${container[@]+"${container[@]}"} ufo train --list_tasks "$@") || exit 2
 mapfile -t tasks <<< "$found"
 
 submit() {
@@ -33,7 +32,7 @@ submit() {
 }
 array=0-$((${#tasks[@]} - 1))
 models=("${tasks[@]/#/$run_dir/extracted/}")
-train=$(submit ${of_training[@]+"${of_training[@]}"} "$UFO_HOME/slurm/train.sh" "$@" --recipe "$recipe" --run_dir "$run_dir")
+train=$(submit ${of_training[@]+"${of_training[@]}"} "$UFO_HOME/slurm/train.sh" "$@")
 extract=$(submit ${of_helpers[@]+"${of_helpers[@]}"} --dependency="afterok:$train" --array="$array" --output=%x-%A_%a.out \
     "$UFO_HOME/slurm/extract.sh" "$run_dir" "${tasks[@]}" -- --verify)
 evaluate=$(submit ${of_helpers[@]+"${of_helpers[@]}"} --dependency="aftercorr:$extract" --array="$array" --output=%x-%A_%a.out \

@@ -21,25 +21,7 @@ home=${UFO_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 # shellcheck source=slurm/begin.sh
 source "$home/slurm/begin.sh" || { echo "error: no slurm/begin.sh in $home: submit from the repository, or set UFO_HOME" >&2; exit 2; }
 
-# option --NAME DEFAULT ARGUMENT...: the last value of an option among arguments
-option() {
-    local name=$1 value=$2
-    shift 2
-    while (($#)); do
-        case $1 in
-            "$name") value=${2:-} ;;
-            "$name"=*) value=${1#*=} ;;
-        esac
-        shift
-    done
-    echo "$value"
-}
-
-recipe=$(option --recipe "${UFO_RECIPE:-demo}" "$@")
-deepspeed=$(option --deepspeed "${UFO_DEEPSPEED:-$UFO_HOME/ds_configs/moe.json}" "$@")
-name=${recipe##*/}
-run_dir=$(option --run_dir "${UFO_RUN_DIR:-runs/${name%.yaml}}" "$@")
-
+training "$@"
 # The step of the newest checkpoint; a pattern comes sorted.
 saved() {
     local path step=0

@@ -35,6 +35,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[tu
     )
     parser.add_argument("--recipe", default="demo", help="a shipped recipe or a YAML file (default: demo)")
     parser.add_argument("--task", action="append", help="only this task of the recipe (may be given several times)")
+    parser.add_argument("--list_tasks", action="store_true", help="check the recipe, name its tasks, and train nothing")
     parser.add_argument("--run_dir", type=Path, help="where the run lives (default: runs/NAME of the recipe)")
     parser.add_argument("--deepspeed", nargs="?", const="", metavar="JSON", help="how it is spread")
     parser.add_argument("--deepspeed_config", metavar="JSON", help="the same, in DeepSpeed's own form")
@@ -58,6 +59,9 @@ def main(argv: list[str] | None = None) -> None:
     recipe = recipe_file.load(options.recipe, overrides)
     if options.task:
         recipe = recipes.only(recipe, options.task)
+    if options.list_tasks:
+        print("\n".join(task.name for task in recipe.tasks))
+        return
     run_dir = options.run_dir or Path("runs") / recipe.name
     config = configs.resolve(configs.load(options.deepspeed), options.deepspeed, recipe, world_size)
 

@@ -12,6 +12,7 @@
     checkpoints/       step-00001000/ ..., best.json; damaged-step-.../ was set aside
 """
 
+import contextlib
 import fcntl
 import json
 import math
@@ -84,7 +85,7 @@ class RunDirectory:
 
     def was_evaluated(self, step: int) -> bool:
         """Whether an evaluation after this step is recorded."""
-        lines = map(json.loads, (self.path / "metrics.jsonl").read_text().splitlines())
+        lines = read_lines(self.path / "metrics.jsonl")
         return any(line["step"] == step and line["kind"] == "evaluation" for line in lines)
 
     def set_aside(self, damaged: Iterable[Path]) -> None:
@@ -143,6 +144,15 @@ class RunDirectory:
         if self._metrics is not None:
             self._metrics.close()
         self._lock.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file with one a line, but for one that is being written; none without the file."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):  # cut short
+            found.append(json.loads(line))
+    return found
 
 
 def _step(line: str) -> float:
