@@ -84,7 +84,7 @@ END
 process_of() {
     local pid
     pid=$(cat "$directory/$1.pid" 2> /dev/null) || return 1
-    [[ $(readlink "/proc/$pid/exe") == */"${1%%-*}" ]] && echo "$pid" # a zombie has no such link
+    [[ $(readlink "/proc/$pid/exe") == */"${1%%-*}"* ]] && echo "$pid" # a zombie has no such link
 }
 
 end() {
@@ -114,8 +114,8 @@ steps_of() {
     local entry
     for entry in /proc/[0-9]*; do
         [[ $(cat "$entry/comm" 2> /dev/null) == slurmstepd ]] || continue
-        # A step daemon listens on a socket in the spool directory of its node.
-        readlink "$entry"/cwd "$entry"/fd/* 2> /dev/null | grep -q -e "^$directory/spool-$1" -e "slurmd-$1.log" || continue
+        # It writes into the log of its node's daemon.
+        readlink "$entry"/fd/* 2> /dev/null | grep -qx "$directory/slurmd-$1.log" || continue
         echo "${entry#/proc/}"
     done
 }
