@@ -11,8 +11,7 @@ fail() {
 # shellcheck source=slurm/site.sh
 source "${UFO_SITE:-$UFO_HOME/slurm/site.sh}"
 
-# Runs a command for each of what the array's tasks share out: all of them where the job is no array.
-# mine ITEM...: those of this task, in ${items[@]}.
+# mine ITEM...: into ${items[@]}, the one of this task of an array, or all where the job is none
 mine() {
     items=("$@")
     if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then

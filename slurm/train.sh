@@ -22,6 +22,12 @@ home=${UFO_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 source "$home/slurm/begin.sh" || { echo "error: no slurm/begin.sh in $home: submit from the repository, or set UFO_HOME" >&2; exit 2; }
 
 training "$@"
+warned=0 step=
+warn() {
+    warned=1
+    [[ -z $step ]] || pass_on
+}
+trap warn "$warning_signal"
 # The step of the newest checkpoint; a pattern comes sorted.
 saved() {
     local path step=0
@@ -65,13 +71,14 @@ trap 'rm -f "$status_of_first"' EXIT
 rank='trap : TERM "$2"; file=$1; shift 2; status=0; "$@" || status=$?
 [[ $SLURM_PROCID != 0 ]] || echo "$status" > "$file"; exit "$status"'
 
-warned=0
-warn() {
-    warned=1
+# Again and again: srun may not have started them all yet.
+pass_on() {
     echo "warned: $warning_signal goes to all ranks"
-    scancel --signal="$warning_signal" "$SLURM_JOB_ID.0" || true
+    while kill -0 "$step" 2> /dev/null; do
+        scancel --signal="$warning_signal" "$SLURM_JOB_ID.0" 2> /dev/null || true
+        sleep 10
+    done &
 }
-trap warn "$warning_signal"
 
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * tasks))" --ntasks-per-node="$tasks" \
     --kill-on-bad-exit=1 \
@@ -79,6 +86,7 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * tasks))" 
     ${container[@]+"${container[@]}"} python "$UFO_HOME/ufo_ds/train.py" "$@" \
     --recipe "$recipe" --deepspeed "$deepspeed" --run_dir "$run_dir" --warning_signal "$warning_signal" &
 step=$!
+((warned == 0)) || pass_on
 status=0
 wait "$step" || status=$?
 while kill -0 "$step" 2> /dev/null; do # the wait was over because the signal came

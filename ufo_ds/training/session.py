@@ -82,7 +82,8 @@ def train(recipe: Recipe, config: DistributedConfig, run_dir: Path, warning: War
             )
             os._exit(1)  # no collective can end well now
         raise
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher that ends the others as soon as one has left
+    for number in (signal.SIGTERM, warning.number):  # of a launcher that ends the others as soon as one has left
+        signal.signal(number, signal.SIG_IGN)
     finish_distributed()
     if trainer.left_at is not None:
         if rank == 0:
