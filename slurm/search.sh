@@ -30,6 +30,7 @@ evaluated() {
 before=$(evaluated)
 warn() {
     kill "$search" 2> /dev/null || true
+    wait "$search" || true
     (($(evaluated) > before)) || fail "warned before one subnet was evaluated: give the job more time"
     echo "job $SLURM_JOB_ID: $(evaluated) subnets evaluated so far, in the queue again"
     scontrol requeue "$SLURM_JOB_ID"
