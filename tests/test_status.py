@@ -30,7 +30,10 @@ def run(tmp_path):
     left_out = {"step": 6, "kind": "left_out", "loss": None, "gradient_norm": None, "count": 2, "in_a_row": 1}
     evaluation = {"step": 4, "kind": "evaluation", "digits/digits/top1": 0.75}
     lines_of(tmp_path, "metrics.jsonl", [*train, evaluation, left_out], cut='{"step": 7, "kind": "tr')
-    starts = [{"step": step, "time": f"2026-01-0{step + 1}T00:00:00+00:00", "ranks": 2} for step in (0, 2, 3, 4, 5)]
+    starts = [
+        {"step": step, "time": f"2026-01-0{step + 1}T00:00:00+00:00", "ranks": 1 + (step < 5)}
+        for step in (0, 2, 3, 4, 5)
+    ]
     lines_of(tmp_path, "starts.jsonl", starts)
     for step in (3, 5):
         write_checkpoint(tmp_path / "checkpoints", make_model(recipe), step=step)
@@ -64,7 +67,7 @@ def test_lines(run, capsys):
         "48 images/s, 0.333 s a step; 00:01 of training left",
         "checkpoint   step 5, 00:0",
         "; best digits/digits/top1 0.5000 at step 3",
-        "restarts     4: step 0 on 2 ranks at 2026-01-01T00:00:00+00:00, ..., step 4 on 2 ranks at",
+        "restarts     4: step 0 on 2 ranks, 2026-01-01T00:00; ...; step 4 on 2 ranks, 2026-01-05T00:00; step 5 on 1 rank, ",
         "left out     2 steps",
         "loss         digits 0.200  glyphs 10.000",
         "metrics      after step 4\n  digits/digits  top1 0.7500",

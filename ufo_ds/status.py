@@ -138,10 +138,13 @@ def _lines(status: Status) -> list[str]:
     if status.best is not None:
         saved += f"; best {status.best['metric']} {status.best['value']:.4f} at step {status.best['step']}"
     lines.append(f"checkpoint   {saved}")
-    starts = [f"step {start['step']} on {start['ranks']} ranks at {start['time']}" for start in status.starts]
+    starts = [
+        f"step {start['step']} on {start['ranks']} rank{'s' * (start['ranks'] > 1)}, {start['time'][:16]}"
+        for start in status.starts
+    ]
     if len(starts) > 4:
         starts = [starts[0], "...", *starts[-2:]]
-    lines.append(f"restarts     {max(0, len(status.starts) - 1)}{': ' if starts else ''}{', '.join(starts)}")
+    lines.append(f"restarts     {max(0, len(status.starts) - 1)}{': ' if starts else ''}{'; '.join(starts)}")
     if status.left_out:
         lines.append(f"left out     {status.left_out} steps that were not finite, or spikes")
     if status.loss:
