@@ -67,7 +67,7 @@ def test_lines(run, capsys):
         "48 images/s, 0.333 s a step; 00:01 of training left",
         "checkpoint   step 5, 00:0",
         "; best digits/digits/top1 0.5000 at step 3",
-        "restarts     4: step 0 on 2 ranks, 2026-01-01T00:00; ...; step 4 on 2 ranks, 2026-01-05T00:00; step 5 on 1 rank, ",
+        "restarts     4: step 0 on 2 ranks, 2026-01-01T00:00; ...; step 4 on 2 ranks, 2026-01-05T00:00; step 5 ",
         "left out     2 steps",
         "loss         digits 0.200  glyphs 10.000",
         "metrics      after step 4\n  digits/digits  top1 0.7500",
