@@ -20,10 +20,21 @@ def started(cluster, recipe, name, *more, options=("--nodes=2",)):
     return run, cluster.submit("train.sh", "--recipe", recipe, "--run_dir", name, *LONG, *more, options=options)
 
 
+def submit_pipeline(cluster, *words):
+    """What it prints, and its jobs by their name."""
+    said = cluster.call(cluster.home / "slurm" / "pipeline.sh", "--nodes=2", "--", *words).stdout
+    return said, {line.split()[0]: line.split()[1] for line in said.splitlines()[:4]}
+
+
 @pytest.fixture(scope="module")
-def whole(cluster, recipe):
-    """Two nodes with a rank each, without a break."""
-    run, job = started(cluster, recipe, "whole run")
+def pipeline(cluster, recipe):
+    return submit_pipeline(cluster, "--recipe", recipe, "--run_dir", "whole run", *LONG)
+
+
+@pytest.fixture(scope="module")
+def whole(cluster, pipeline):
+    """Two nodes with a rank each, without a break: what the pipeline trains."""
+    run, job = cluster.place / "whole run", pipeline[1]["train"]
     assert cluster.end(job) == "COMPLETED", cluster.output(job)
     assert cluster.shown(job, "Restarts") == ["0"]
     assert json.loads((run / "starts.jsonl").read_text())["ranks"] == 2
@@ -31,7 +42,7 @@ def whole(cluster, recipe):
 
 
 def test_warned_twice(cluster, recipe, whole):
-    """By USR1, and by another signal: the same numbers and weights in the end, to the bit."""
+    """The same numbers and weights in the end, to the bit."""
     run, job = started(cluster, recipe, "warned run")
     warn(cluster, job, run / "metrics.jsonl", 2)
     cluster.wait_for(lambda: cluster.shown(job, "Restarts") == ["1"], job)
@@ -90,15 +101,9 @@ def starts(run):
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def submit_pipeline(cluster, *words):
-    """What it prints, and its jobs by their name."""
-    said = cluster.call(cluster.home / "slurm" / "pipeline.sh", "--nodes=2", "--", *words).stdout
-    return said, {line.split()[0]: line.split()[1] for line in said.splitlines()[:4]}
-
-
-def test_pipeline(cluster, recipe, whole):
-    """From training, which is done here already, to the report."""
-    said, jobs = submit_pipeline(cluster, "--recipe", recipe, "--run_dir", whole.name, *LONG)
+def test_pipeline(cluster, pipeline, whole):
+    """From training to the report."""
+    said, jobs = pipeline
     assert list(jobs) == ["train", "extract", "evaluate", "report"]
     assert f"--jobs={','.join(jobs.values())}" in said
     for job in jobs.values():

@@ -13,10 +13,10 @@ SHORT = ["--schedule.steps", str(STEPS), "--checkpoint.every", "6", "--evaluatio
          "null"]  # fmt: skip
 
 
-def warn(cluster, job, metrics, step):
+def warn(cluster, job, metrics, step, name="USR1"):
     """As Slurm does by itself with --signal=B:USR1@180, once a step is recorded."""
     cluster.wait_for(lambda: metrics.exists() and f'"step": {step}, "kind": "train"' in metrics.read_text(), job)
-    cluster.call("scancel", "--batch", "--signal=USR1", job)
+    cluster.call("scancel", "--batch", f"--signal={name}", job)
 
 
 def test_a_wrong_recipe_fails_at_once(cluster, recipe):
@@ -49,11 +49,12 @@ def test_restarts_without_progress_are_limited(cluster, recipe):
 
 
 def test_two_by_two_and_warned(cluster, recipe):
-    """Two nodes with two ranks each; warned, saved, in the queue again, and on to the end."""
+    """Two nodes with two ranks each; warned by a signal of their own, saved, in the queue again, and on to the end."""
     run = cluster.place / "two by two"
     words = ["--recipe", recipe, "--run_dir", run.name, *SHORT]
-    job = cluster.submit("train.sh", *words, options=("--nodes=2", "--ntasks-per-node=2"))
-    warn(cluster, job, run / "metrics.jsonl", 2)
+    options = ("--nodes=2", "--ntasks-per-node=2")
+    job = cluster.submit("train.sh", *words, options=options, UFO_WARNING_SIGNAL="USR2")
+    warn(cluster, job, run / "metrics.jsonl", 2, "USR2")
     assert cluster.end(job) == "COMPLETED", cluster.output(job)
     assert cluster.shown(job, "Restarts") == ["1"]
     found = json.loads(cluster.call("ufo", "status", run, "--json").stdout)
