@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         "seed": options.seed,
     }
     journal = Journal(options.out, arguments)
-    evaluator = _Evaluator(reader, options.run, recipe, images, options.metric, options.device)
+    evaluator = Evaluator(reader, options.run, recipe, images, options.metric, options.device)
     searched = space.searched(objectives, limits)
     found = _evaluate_all(space, searched, evaluator, journal, options.evaluations, options.seed)
     report(options.run, options.out, space, searched, found, journal.records, limits, options.seed, options.json)
@@ -181,7 +181,7 @@ def _space(reader: checkpoint.Reader, tasks: list[str], run: Path, profiles: lis
     return ElasticSpace(recipe, [spec_of(reader, task) for task in tasks], classes, latency)
 
 
-class _Evaluator:
+class Evaluator:
     """Runs a subnet's benchmark."""
 
     def __init__(
@@ -219,7 +219,7 @@ class _Evaluator:
 
 
 def _evaluate_all(
-    space: ElasticSpace, searched: search.Space, evaluator: _Evaluator, journal: Journal, evaluations: int, seed: int
+    space: ElasticSpace, searched: search.Space, evaluator: Evaluator, journal: Journal, evaluations: int, seed: int
 ) -> search.Known:
     """Evaluate what is not yet in the journal, and say what all of it is."""
     values = {s.spec.name: s for record in journal.records for s in record.subnets}

@@ -1,6 +1,7 @@
 """What a search has found: a table, JSON, specs and a picture."""
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,9 @@ def report(
         return
     print("\n".join(_table(values)))
     best = values["front"][-1]["subnets"]
-    last = " ".join(f"--task {subnet['task']} --spec {out / subnet['spec']}" for subnet in best)
-    print(
-        f"{len(front)} on the front of {len(known)} evaluated, drawn in {out / 'front.png'}; the last one as a model: "
-        f"ufo extract {run} {last} --out ..."
-    )
+    last = [word for subnet in best for word in ("--task", subnet["task"], "--spec", str(out / subnet["spec"]))]
+    print(f"{len(front)} on the front of {len(known)} evaluated, drawn in {out / 'front.png'}; the last as a model:")
+    print(shlex.join(["ufo", "extract", str(run), *last, "--out", "DIR"]))
 
 
 def _values(space: ElasticSpace, front: Known, records: Sequence[Record]) -> dict[str, Any]:
