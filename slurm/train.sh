@@ -28,6 +28,7 @@ warn() {
     [[ -z $step ]] || pass_on
 }
 trap warn "$warning_signal"
+
 # The step of the newest checkpoint; a pattern comes sorted.
 saved() {
     local path step=0
