@@ -25,7 +25,10 @@ run=${arguments[0]}
 mine "${arguments[@]:1}"
 
 evaluated() {
-    cat "$run"/search/*/evaluations.jsonl 2> /dev/null | wc -l
+    local task
+    for task in "${items[@]}"; do
+        cat "$run/search/$task/evaluations.jsonl" 2> /dev/null || true
+    done | wc -l
 }
 before=$(evaluated)
 warn() {
