@@ -1,11 +1,11 @@
-# make demo | test | install | check | test-matrix
+# make demo | test | install | check | test-matrix | test-slurm
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 # Several processes on one machine: a thread each, or they take the cores from each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-matrix install check clean
+.PHONY: demo test test-matrix test-slurm install check clean
 
 install: .venv/installed
 
@@ -24,10 +24,16 @@ demo: .venv/installed
 	@echo; $(BIN)/ufo report runs/demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not matrix"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not matrix and not slurm"
 
 test-matrix: .venv/installed
 	$(BIN)/python -m pytest -m matrix -s
+
+# On a Slurm of two virtual nodes that it starts here: as root, with Slurm installed (slurm/local_cluster.sh says how).
+# SLURM_TESTS=tests/slurm/test_short.py is the part that CI runs.
+SLURM_TESTS ?= tests/slurm
+test-slurm: .venv/installed
+	$(BIN)/python -m pytest -m slurm $(SLURM_TESTS)
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ VERBS = {
     "train": "train a recipe (with several processes: deepspeed ufo_ds/train.py)",
     "shards": "turn images into WebDataset shards with a manifest; verify them",
     "data": "look at a recipe's data: figures, a batch as training sees it, test images that training has seen",
+    "status": "how far a run is, from its files alone: speed, time left, checkpoint, restarts, metrics",
     "plan": "say what a run would need: memory, FLOPs, traffic and time a step, on any number of GPUs",
     "verify": "proofs that anybody can run: resume, that a checkpoint goes on at any other topology",
     "evaluate": "run the benchmarks of a trained run or of an extracted model",

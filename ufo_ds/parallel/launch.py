@@ -24,15 +24,19 @@ def name_accelerator() -> None:
 def adopt_environment() -> int:
     """Put what the launcher says (deepspeed, torchrun, accelerate, srun, or none) into torch's variables.
 
+    Slurm sets SLURM_PROCID and SLURM_NTASKS in the script of a job too, which is one process whatever its tasks are;
+    SLURM_STEP_NUM_TASKS only srun does, for the tasks that it starts.
+
     Returns:
         The number of ranks.
     """
     name_accelerator()
-    if "SLURM_PROCID" in os.environ and "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        alone = torch.cuda.device_count() == 1  # on its GPU, where each task sees its own (--gpus-per-task)
         os.environ |= {
             "RANK": os.environ["SLURM_PROCID"],
-            "LOCAL_RANK": os.environ["SLURM_LOCALID"],
-            "WORLD_SIZE": os.environ["SLURM_NTASKS"],
+            "LOCAL_RANK": "0" if alone else os.environ["SLURM_LOCALID"],
+            "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
         }
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)

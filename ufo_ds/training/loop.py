@@ -24,6 +24,7 @@ from ufo_ds.parallel.branching import branch
 from ufo_ds.parallel.conflict import gradient_conflict
 from ufo_ds.parallel.engine import Engine
 from ufo_ds.parallel.guard import LeftOut
+from ufo_ds.parallel.warning import WarningSignal
 from ufo_ds.recipe_file import dump
 from ufo_ds.subnets.licences import Origin
 from ufo_ds.training.balance import Balancer
@@ -61,6 +62,7 @@ class Trainer:
         self.classes = {name: class_names(source) for name, source in sources.items()}
         self.unreadable: dict[str, set[int]] = {name: set() for name in sources}
         self.metrics = metrics
+        self.left_at: int | None = None  # the step after which a warned run left
         self.saver = parallel_checkpoint.Saver(engine, checkpoints)
         self.balancer = (
             None if self.recipe.data.balance is None else Balancer(engine, self.recipe.data.balance, balance)
@@ -71,27 +73,29 @@ class Trainer:
         elif self.balancer is not None:
             self.task_steps = self.balancer.phases.task_steps
 
-    def train(self, start: int) -> dict[str, float]:
-        """Train from step ``start`` to the schedule's end; the metrics of the last evaluation.
+    def train(self, start: int, warning: WarningSignal | None = None) -> dict[str, float]:
+        """Train from step ``start`` to the schedule's end, or until warned; the metrics of the last evaluation.
 
         Raises:
             UserError: more unreadable images than ``data.max_corrupt`` allows; no room for a checkpoint; more steps in
                 a row left out than ``guard.patience`` allows.
         """
         try:
-            self._train(start)
+            self._train(start, warning)
             self.saver.wait()
         finally:
             self.saver.end()
         return self.metrics
 
-    def _train(self, start: int) -> None:
+    def _train(self, start: int, warning: WarningSignal | None) -> None:
         recipe, gas = self.recipe, self.engine.config.accumulation
         steps = recipe.schedule.steps
         if self.directory is not None:
-            self.directory.begin(start)
+            self.directory.begin(start, self.engine.world_size)
         if start < (recipe.model.branch_at or 0):
             self.engine.model.share_everything()
+        if start and self._evaluation_is_due(start) and not self._was_evaluated(start) and self._evaluate(start):
+            self._save(start, is_best=True)
         batches = self._batches(start)
         progress = tqdm(total=steps, initial=start, desc="train", unit="step", disable=_bar_off(self.engine.rank))
         clock, counted = time.perf_counter(), start
@@ -107,7 +111,10 @@ class Trainer:
                 began = time.perf_counter()
                 self._record_conflict(done, kept)
                 clock += time.perf_counter() - began
+            if warning is not None:
+                warning.ask()
             parts = self.engine.step(of_step, rate, stop=self.saver.failed)
+            leaves = warning is not None and warning.came() and done < steps
             progress.update()
             if self.engine.guard.left_out is not None:
                 self._record_left_out(done, self.engine.guard.left_out)
@@ -118,10 +125,13 @@ class Trainer:
                 self._record_step(done, parts, rate, self._images(counted, done) / seconds)
                 self._record_routes(done)
                 counted = done
-            evaluate = done == steps or (recipe.evaluation.every is not None and done % recipe.evaluation.every == 0)
+            evaluate = done == steps or (self._evaluation_is_due(done) and not leaves)  # that can take long
             is_best = self._evaluate(done) if evaluate else False
-            if is_best or done == steps or done % recipe.checkpoint.every == 0:
+            if is_best or leaves or done == steps or done % recipe.checkpoint.every == 0:
                 self._save(done, is_best)
+            if leaves:
+                self.left_at = done
+                break
             if done == steps and self.directory is not None:
                 self.directory.draw_routes()
             if evaluate:  # neither evaluation nor saving counts as training time
@@ -216,6 +226,14 @@ class Trainer:
         if self.directory is not None and found:
             values = {f"{task}/{key}": value for task, of_task in found.items() for key, value in of_task.items()}
             self.directory.record(done, values, "conflict")
+
+    def _evaluation_is_due(self, done: int) -> bool:
+        every = self.recipe.evaluation.every
+        return every is not None and done % every == 0
+
+    def _was_evaluated(self, done: int) -> bool:
+        """Not where the run was warned at this step: then it is, as training goes on."""
+        return ranks.from_first(self.directory is None or self.directory.was_evaluated(done))
 
     def _evaluate(self, done: int) -> bool:
         """Evaluate on all ranks; whether these are the best metrics so far."""

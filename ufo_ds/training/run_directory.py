@@ -5,18 +5,21 @@
     recipe.yaml        the resolved recipe
     deepspeed.json     the resolved DeepSpeed configuration
     metrics.jsonl      one JSON object a line: losses and speed of logged steps, metrics of evaluations
+    starts.jsonl       one JSON object for each time that training began or went on: when, from which step, ranks
     evaluations/       step-00001000/ ...: what each evaluation found, item by item
     tensorboard/       the same for TensorBoard
     routes.png         learned routes and how they came about
     checkpoints/       step-00001000/ ..., best.json; damaged-step-.../ was set aside
 """
 
+import contextlib
 import fcntl
 import json
 import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,6 +27,8 @@ from ufo_ds import checkpoint
 from ufo_ds.errors import UserError
 from ufo_ds.recipe import Recipe
 from ufo_ds.recipe_file import dump, to_yaml
+
+STARTS = "starts.jsonl"
 
 # What may differ between two starts of one run: where it stops and what it shows, not what it computes.
 _FREE = (
@@ -61,8 +66,11 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, ranks: int) -> None:
         """Drop what was recorded after ``step``: those steps are about to be computed again."""
+        with (self.path / STARTS).open("a") as starts:
+            when = datetime.now().astimezone().isoformat(timespec="seconds")
+            print(json.dumps({"step": step, "time": when, "ranks": ranks}), file=starts)
         path = self.path / "metrics.jsonl"
         kept = [line for line in path.read_text().splitlines() if _step(line) <= step] if path.exists() else []
         checkpoint.write_text(path, "".join(f"{line}\n" for line in kept))
@@ -74,6 +82,11 @@ class RunDirectory:
             from torch.utils.tensorboard.writer import SummaryWriter  # takes seconds to import
 
             self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+
+    def was_evaluated(self, step: int) -> bool:
+        """Whether an evaluation after this step is recorded."""
+        lines = read_lines(self.path / "metrics.jsonl")
+        return any(line["step"] == step and line["kind"] == "evaluation" for line in lines)
 
     def set_aside(self, damaged: Iterable[Path]) -> None:
         """Rename checkpoints, so that nothing takes them for whole ones."""
@@ -131,6 +144,15 @@ class RunDirectory:
         if self._metrics is not None:
             self._metrics.close()
         self._lock.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file with one a line, but for one that is being written; none without the file."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):  # cut short
+            found.append(json.loads(line))
+    return found
 
 
 def _step(line: str) -> float:

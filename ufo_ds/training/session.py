@@ -1,6 +1,7 @@
 """From a checked recipe to a finished run: open the data, join the job, build the engine, resume, train."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ufo_ds.parallel.config import DistributedConfig
 from ufo_ds.parallel.engine import Engine
 from ufo_ds.parallel.launch import finish_distributed, init_distributed, is_lost_rank, leave_on_sigterm
 from ufo_ds.parallel.placement import imbalance
+from ufo_ds.parallel.warning import LEFT, WarningSignal
 from ufo_ds.recipe import Recipe
 from ufo_ds.subnets.licences import origin
 from ufo_ds.training.loop import Trainer
@@ -24,14 +26,16 @@ from ufo_ds.training.run_directory import RunDirectory, check_resume, check_writ
 from ufo_ds.training.split_table import split_table
 
 
-def train(recipe: Recipe, config: DistributedConfig, run_dir: Path) -> dict[str, float]:
+def train(recipe: Recipe, config: DistributedConfig, run_dir: Path, warning: WarningSignal) -> dict[str, float]:
     """Train, or go on training, in ``run_dir``; the metrics of the last evaluation.
 
     Raises:
         UserError: wrong input of any kind; nothing on disk has changed then, unless training had begun.
+        SystemExit: with status :data:`LEFT` where the run was warned before its end, and has saved.
     """
     rank, world_size = init_distributed()
-    leave_on_sigterm()
+    if warning.number != signal.SIGTERM:
+        leave_on_sigterm()
     if world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # ranks that share cores and each take all of them are many times slower
     try:
@@ -64,7 +68,7 @@ def train(recipe: Recipe, config: DistributedConfig, run_dir: Path) -> dict[str,
         licences = {name: source.licences for name, source in sources.items()}
         came_from = origin(licences, loaded, None if begun is None else begun.checkpoint)
         trainer = Trainer(engine, sources, images, directory, run_dir / "checkpoints", metrics, balance, came_from)
-        metrics = trainer.train(start)
+        metrics = trainer.train(start, warning)
         if directory is not None:
             directory.close()
     except RuntimeError as error:
@@ -78,7 +82,16 @@ def train(recipe: Recipe, config: DistributedConfig, run_dir: Path) -> dict[str,
             )
             os._exit(1)  # no collective can end well now
         raise
+    for number in (signal.SIGTERM, warning.number):  # of a launcher that ends the others as soon as one has left
+        signal.signal(number, signal.SIG_IGN)
     finish_distributed()
+    if trainer.left_at is not None:
+        if rank == 0:
+            print(
+                f"warned by {warning.number.name}: saved step {trainer.left_at} and left; the same command goes on",
+                flush=True,
+            )
+        raise SystemExit(LEFT)
     return metrics
 
 
