@@ -7,6 +7,7 @@ to get it.
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -78,6 +79,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
     directory = root / "cluster"
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "UFO_"))},
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # `ufo` of the environment that runs the tests
         "UFO_CLUSTER": str(directory), "UFO_CLUSTER_PORT": "17400", "SLURM_CONF": str(directory / "slurm.conf"),
         "UFO_HOME": str(place / "a repository"), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
