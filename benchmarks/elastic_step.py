@@ -7,7 +7,7 @@ half of the FLOPs, which are counted, not derived: by fewer blocks, by narrower 
 FFNs, by a little of all; and four different subnets, one a task, in one batch. A sandwich's step, of the whole, one
 half and a subnet of each task, is compared with the sum of what they cost one by one. (glibc's allocator gives blocks
 above 32 MB, which the sandwich has, back to the system after each use. With MALLOC_MMAP_MAX_=0 and
-MALLOC_TRIM_THRESHOLD_=2147483647 it keeps them, and "sandwich" was 1.07 instead of 1.41 with two layers.)
+MALLOC_TRIM_THRESHOLD_=2147483647 it keeps them: with two layers "sandwich" was then 1.07 instead of 1.41.)
 
 Seconds are CPU seconds of one thread in fp32. The whole model's turn comes before and after each variant's; a ratio is
 to the mean of the two, and the median over rounds is reported.
