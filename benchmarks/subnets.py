@@ -14,6 +14,7 @@ last line one JSON object.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -26,10 +27,11 @@ import numpy as np
 import open_small
 from open_small import REPOSITORY, SHARED, TASKS, place
 
-from ufo_ds import checkpoint
+from ufo_ds import checkpoint, recipe_file
 from ufo_ds.model.architecture import Architecture, SearchSpace
 from ufo_ds.model.cost import path_cost
 from ufo_ds.model.loading import spec_of
+from ufo_ds.recipe import Recipe
 
 STEPS, CHIP_STEPS = 2000, 1000
 SPACE = "depth: [2, 3, 4], dim: [96, 144, 192], stem: [0.33334, 0.66667, 1.0], heads: [2, 3, 4], mlp_ratio: [2, 3, 4]"
@@ -83,7 +85,7 @@ def main() -> None:
             for size in SIZES
             if size != LARGEST
         }
-    print("\n".join(table(figures, costs(space_of(options)))))
+    print("\n".join(table(figures, costs())))
     result = {"benchmark": "subnets", "figures": figures, "bars": {}}
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -123,11 +125,11 @@ def elastic(options: argparse.Namespace, seed: int, arm: str) -> dict[str, dict[
 
 def alone(options: argparse.Namespace, seed: int, size: str) -> dict[str, float]:
     """Train a model for each task; the metric by task."""
-    kept, found = architecture(space_of(options), size), {}
-    widths = [hidden / kept.dim for hidden in kept.hidden]
-    backbone = {
-        "dim": kept.dim, "depth": kept.depth, "heads": list(kept.heads), "head_dim": 48, "mlp_ratio": widths,
-        "patch_size": 16, "stem": list(kept.stem), "pool": "mean", "position_std": 1.0,
+    whole, found = elastic_recipe().model, {}
+    kept = architecture(SearchSpace.of(whole), size)
+    backbone = dataclasses.asdict(whole.backbone) | {
+        "dim": kept.dim, "depth": kept.depth, "heads": list(kept.heads), "head_dim": whole.backbone.head_width,
+        "mlp_ratio": [hidden / kept.dim for hidden in kept.hidden], "stem": list(kept.stem),
     }  # fmt: skip
     for task in TASKS:
         run = place(options.out_runs, f"alone {size}", seed, task)
@@ -137,10 +139,8 @@ def alone(options: argparse.Namespace, seed: int, size: str) -> dict[str, float]
     return found
 
 
-def space_of(options: argparse.Namespace) -> SearchSpace:
-    from ufo_ds import recipe_file
-
-    return SearchSpace.of(recipe_file.load("open_small", [("model.elastic", f"{{{SPACE}}}")]).model)
+def elastic_recipe() -> Recipe:
+    return recipe_file.load("open_small", [("model.elastic", f"{{{SPACE}}}")])
 
 
 def main_metrics(metrics: dict[str, float]) -> dict[str, float]:
@@ -157,11 +157,10 @@ def ufo(*arguments: str) -> str:
     return done.stdout
 
 
-def costs(space: SearchSpace) -> dict[str, float]:
+def costs() -> dict[str, float]:
     """Parameters of each size over those of the whole."""
-    from ufo_ds import recipe_file
-
-    recipe = recipe_file.load("open_small", [("model.elastic", f"{{{SPACE}}}")])
+    recipe = elastic_recipe()
+    space = SearchSpace.of(recipe.model)
     of_size = {
         size: path_cost(recipe.model.backbone, architecture(space, size), recipe.tasks[0].input).parameters
         for size in SIZES

@@ -23,7 +23,8 @@ def run(tmp_path):
     recipe = make_recipe()
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
     train = [
-        {"step": n, "kind": "train", "loss": 1.0, "digits/cross_entropy": 1 / n, "glyphs/cosface": 2.0 * n,
+        {"step": n, "kind": "train", "loss": 1.0, "digits/cross_entropy": 1 / n, "glyphs/cosface": 1.5 * n,
+         "glyphs/distillation": 0.5 * n,
          "learning_rate": 0.1, "digits/unreadable": 3.0, "images_per_second": speed}
         for n, speed in zip((1, 2, 4, 5), (1.0, 64.0, 32.0, 640.0), strict=True)
     ]  # fmt: skip

@@ -116,10 +116,11 @@ def images_per_step(recipe: Recipe) -> float:
 
 def _losses(recipe: Recipe, line: dict[str, Any]) -> dict[str, float]:
     """Per task the sum of its losses, as they are logged in training."""
-    return {
-        task.name: sum(line[f"{task.name}/{name}"] for name in task.loss.given if f"{task.name}/{name}" in line)
-        for task in recipe.tasks
-    }
+    found = {}
+    for task in recipe.tasks:
+        names = [f"{task.name}/{name}" for name in (*task.loss.given, "distillation")]
+        found[task.name] = sum(line[name] for name in names if name in line)
+    return found
 
 
 def _lines(status: Status) -> list[str]:
