@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from tests.test_router import SPEC
+from tests.test_spec import SPEC
 from ufo_ds.errors import UserError
 from ufo_ds.model.architecture import Architecture, SearchSpace
 from ufo_ds.model.spec import SubnetSpec
