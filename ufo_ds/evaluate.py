@@ -45,8 +45,7 @@ from ufo_ds.recipe import Recipe, only
 from ufo_ds.subnets import calibration as calibrations
 from ufo_ds.subnets import recalibration
 from ufo_ds.subnets.calibration import Calibration
-from ufo_ds.subnets.dense_model import is_dense_model
-from ufo_ds.subnets.task_model import TaskModel, open_model, task_model
+from ufo_ds.subnets.task_model import TaskModel, is_model, open_model, task_model
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ def _subject(path: Path, last: bool, device: str, spec_files: list[Path], statis
     Raises:
         UserError: there is no such model or run, or it has not the subnets that are asked for.
     """
-    if is_dense_model(path):
+    if is_model(path):
         if spec_files:
             raise UserError(f"--spec {spec_files[0]} is for a run, {path} is a model: give the run it was cut out of")
         if statistics is not None:

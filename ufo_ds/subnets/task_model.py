@@ -86,6 +86,11 @@ class TaskModel:
         return {self.task: self.embed(batch.tasks[self.task].images)}
 
 
+def is_model(path: Path) -> bool:
+    """Whether it is the directory of one task's model, and no run."""
+    return is_dense_model(path)
+
+
 def open_model(path: Path, task: str | None = None, device: str = "cpu") -> TaskModel:
     """Open a model directory of ``ufo extract``, or a task of a run directory (its best checkpoint) or checkpoint.
 
@@ -96,14 +101,13 @@ def open_model(path: Path, task: str | None = None, device: str = "cpu") -> Task
         UserError: neither is there, files are missing or damaged, no such task, or no such device.
     """
     check_device(device)
-    if is_dense_model(path):
-        dense = DenseModel.load(path, device)
-        found = dense.recipe.tasks[0].name
-        if task not in (None, found):
-            raise UserError(f"--task {task}: {path} is a model of task {found!r}: leave --task out or use that model")
-        digest = fingerprint(dense.config, dense.state, dense.recipe)
-        where = path / "calibration.json"
-        return TaskModel(str(path), dense.recipe, dense.classes, digest, where, dense.network, device)
+    if is_model(path):
+        model = _of_directory(path, device)
+        if task not in (None, model.task):
+            raise UserError(
+                f"--task {task}: {path} is a model of task {model.task!r}: leave --task out or use that model"
+            )
+        return model
     if not (path / checkpoint.INDEX).is_file() and not checkpoint.find(path / "checkpoints"):
         raise UserError(f"{path} is neither a model of `ufo extract` nor a run directory with a checkpoint")
     reader = checkpoint.Reader(checkpoint.of_run(path))
@@ -111,6 +115,12 @@ def open_model(path: Path, task: str | None = None, device: str = "cpu") -> Task
     if task is None and len(names) > 1:
         raise UserError(f"{path} has the tasks {', '.join(names)}: choose one with --task")
     return task_model(reader, path, spec_of(reader, names[0] if task is None else task), device)
+
+
+def _of_directory(path: Path, device: str) -> TaskModel:
+    dense = DenseModel.load(path, device)
+    digest = fingerprint(dense.config, dense.state, dense.recipe)
+    return TaskModel(str(path), dense.recipe, dense.classes, digest, path / "calibration.json", dense.network, device)
 
 
 def task_model(
