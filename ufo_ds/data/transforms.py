@@ -34,15 +34,17 @@ def decode(data: bytes) -> Image.Image:
     Raises:
         CorruptImage: not an image, not all of it, or too large a one, which is not decoded.
     """
+    return as_rgb(_open(data))
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The same of an image that Pillow has opened."""
     try:
-        image = _open(data)
         image.load()
         if "A" in image.getbands() or image.info.get("transparency") is not None:
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
             image = Image.alpha_composite(white, image.convert("RGBA"))
         return image.convert("RGB")
-    except CorruptImage:
-        raise
     except Exception as error:  # on broken bytes Pillow's decoders raise nearly anything, SyntaxError included
         raise CorruptImage(str(error) or type(error).__name__) from error
 
@@ -70,8 +72,8 @@ def resize_image(image: Image.Image, input_hw: tuple[int, int]) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
-def evaluation_transform(data: bytes, input_hw: tuple[int, int]) -> np.ndarray:
-    """Decode and resize.
+def evaluation_transform(image: bytes | Image.Image, input_hw: tuple[int, int]) -> np.ndarray:
+    """Decode, unless Pillow has done that, and resize.
 
     Returns:
         uint8 [3, H, W], contiguous.
@@ -79,7 +81,8 @@ def evaluation_transform(data: bytes, input_hw: tuple[int, int]) -> np.ndarray:
     Raises:
         CorruptImage: see :func:`decode`.
     """
-    return channels_first(np.asarray(resize_image(decode(data), input_hw)))
+    rgb = as_rgb(image) if isinstance(image, Image.Image) else decode(image)
+    return channels_first(np.asarray(resize_image(rgb, input_hw)))
 
 
 def channels_first(pixels_HWC: np.ndarray) -> np.ndarray:

@@ -83,6 +83,10 @@ class Outputs(NamedTuple):
     embedding: Tensor
     logits: Tensor
 
+    def cosine(self, other: "Outputs") -> Tensor:
+        """How alike images are: of every embedding here with each of the other's, [B, B of the other]."""
+        return torch.inner(F.normalize(self.embedding, dim=-1), F.normalize(other.embedding, dim=-1))
+
 
 class _Scores(NamedTuple):
     """Of the samples X, this process's own or all where the classifier's rows are spread: logits of the classes that

@@ -1,9 +1,11 @@
 """A single-device supernet, with some or all of its tasks, out of a checkpoint of any topology."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ufo_ds.checkpoint import INDEX, Reader
 from ufo_ds.errors import UserError
@@ -23,28 +25,61 @@ def load_supernet(reader: Reader, specs: list[SubnetSpec], device: torch.device 
     Raises:
         UserError: a task that the checkpoint lacks.
     """
+    return fill(reader, meta_supernet(reader, specs), device)
+
+
+def fill(reader: Reader, model: Supernet, device: torch.device | str) -> Supernet:
+    """Give a model of :func:`meta_supernet` its values, one parameter at a time."""
+    model.to_empty(device=device)
+    fill_buffers(reader, model)
+    with torch.no_grad():
+        for name, value in values(reader, model):
+            model.get_parameter(name).copy_(value)
+    return model
+
+
+def values(reader: Reader, model: Supernet) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every parameter, each read when it is asked for."""
+    for name, parameter in model.named_parameters():
+        yield name, reader.parameter(name) if parameter.numel() else torch.empty(parameter.shape)
+
+
+def meta_supernet(
+    reader: Reader, specs: list[SubnetSpec], dtype: torch.dtype | None = None, cosines: bool = True
+) -> Supernet:
+    """The same without values, on the meta device.
+
+    Args:
+        dtype: of the parameters; default: fp32.
+        cosines: whether margin heads keep their classes, which only training needs.
+    """
     tasks = [spec.task for spec in specs]
     recipe = only(reader.recipe, tasks)
     for spec in specs:
         check_path(reader, spec)
         recipe = _with_routes(recipe, spec)
+    classes = {task.name: len(reader.index.classes[task.name]) for task in recipe.tasks}
+    if not cosines:
+        classes |= {task.name: 0 for task in recipe.tasks if task.head.type == "margin"}
     with torch.device("meta"):
-        model = Supernet(recipe, {task: len(reader.index.classes[task]) for task in tasks})
+        model = Supernet(recipe, classes)
     del model.blocks[max(spec.architecture.depth for spec in specs) :]
     for module in list(model.modules()):
         if isinstance(module, RoutedUnit):
             module.drop_unused()
     model.architectures = {spec.task: spec.architecture for spec in specs}
-    model.to_empty(device=device)
-    model.fill_constants()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(reader.parameter(name))
-        for name, buffer in model.named_buffers():
-            if name in reader.index.buffers:
-                value = reader.buffer(name)  # of a narrower subnet the leading ones
-                buffer[: len(value)].copy_(value)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)  # not the buffers: pixels and statistics are normalised in fp32
     return model.eval()
+
+
+def fill_buffers(reader: Reader, model: Supernet) -> None:
+    """Give the buffers their values, which must not be on the meta device."""
+    model.fill_constants()
+    for name, buffer in model.named_buffers():
+        if name in reader.index.buffers:
+            value = reader.buffer(name)  # of a narrower subnet the leading ones
+            buffer[: len(value)].copy_(value)
 
 
 def spec_of(reader: Reader, task: str) -> SubnetSpec:

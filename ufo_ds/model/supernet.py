@@ -296,10 +296,9 @@ class Supernet(nn.Module):
         return concatenate(pieces, x_ND)
 
     def _patches(self, images: Tensor) -> Tensor:
-        weight = next(self.parameters())
-        pixels = (images.to(weight.device).float() - self.mean) / self.std
+        pixels = (images.to(self.mean.device).float() - self.mean) / self.std  # parameters may be on a disk
         backbone = self.recipe.model.backbone
-        return patchify(pixels, backbone.patch_size, backbone.prefix).to(weight.dtype)
+        return patchify(pixels, backbone.patch_size, backbone.prefix).to(next(self.parameters()).dtype)
 
     def _drop_path(self, batch: Batch, subnets: int = 1) -> Tensor:
         """Factors ``[subnets * B, depth, 2]`` of the residual branches: 0 or 1 / keep (Huang et al., 2016); only the
