@@ -64,9 +64,10 @@ def meta_supernet(
     with torch.device("meta"):
         model = Supernet(recipe, classes)
     del model.blocks[max(spec.architecture.depth for spec in specs) :]
-    for module in list(model.modules()):
+    for name, module in list(model.named_modules()):
         if isinstance(module, RoutedUnit):
-            module.drop_unused()
+            layer = int(name.split(".")[1]) if name.startswith("blocks.") else -1
+            module.drop_unused([spec.task for spec in specs if spec.architecture.depth > layer])
     model.architectures = {spec.task: spec.architecture for spec in specs}
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)  # not the buffers: pixels and statistics are normalised in fp32
