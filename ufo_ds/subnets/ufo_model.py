@@ -82,10 +82,10 @@ class UfoModel(nn.Module):
             raise UserError(f"{path} is a model of one task: open it with transformers, AutoModel.from_pretrained")
         reader = checkpoint.Reader(checkpoint.of_run(path))
         wanted = [tasks] if isinstance(tasks, str) else tasks
-        names = [task.name for task in (reader.recipe if wanted is None else only(reader.recipe, [*wanted])).tasks]
-        if not names:
+        if wanted is not None and not wanted:
             raise UserError("tasks: none: name those to load, or leave it out for all")
-        specs = [spec_of(reader, name) for name in names]
+        recipe = reader.recipe if wanted is None else only(reader.recipe, [*wanted])
+        specs = [spec_of(reader, task.name) for task in recipe.tasks]
         statistics: dict[str, Tensor] = {}
         for spec in specs:
             statistics |= recalibration.statistics(reader, spec, device=device)
