@@ -124,13 +124,13 @@ class ShardSet:
         """Samples of each shard, in the order of the samples."""
         return [entry.samples for entry in self.manifest.shards]
 
-    def subset(self, chosen: np.ndarray, classes: Sequence[int] | None = None) -> "ShardSet":
+    def subset(self, chosen: np.ndarray, classes: np.ndarray | None = None) -> "ShardSet":
         """The images at these positions, without pairs and templates.
 
         Args:
             classes: labels that are kept, ascending, all those of the images among them; default: all.
         """
-        kept = np.arange(len(self.classes)) if classes is None else np.asarray(classes)
+        kept = np.arange(len(self.classes)) if classes is None else classes
         found = copy.copy(self)
         found.labels = np.searchsorted(kept, self.labels[chosen])
         found.classes = [self.classes[label] for label in kept]

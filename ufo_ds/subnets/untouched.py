@@ -85,7 +85,7 @@ def _noise(task: str, count: int, height: int, width: int) -> Tensor:
 
 def tensor_names(reader: Reader, spec: SubnetSpec) -> Iterator[str]:
     """Of all that a task's path and head consist of, in the checkpoint."""
-    units = tuple(f"{unit}." for unit, _ in path_names(spec)) + (f"heads.{spec.task}.",)
+    units = (*(f"{unit}." for unit, _ in path_names(spec)), f"heads.{spec.task}.")
     for name in [*reader.index.parameters, *reader.index.buffers]:
         if name.startswith(units) and "|" not in name:
             yield name

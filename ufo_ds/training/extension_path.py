@@ -109,8 +109,8 @@ def shared_path(reader: Reader) -> Routes:
             if not recipe.model.shared_samples and all(of_task[unit][layer] == OWN for of_task in routes):
                 where = "" if unit == "embed" else f" in layer {layer}"
                 raise UserError(
-                    f"{reader.directory}: the shared {unit}{where} serves no task of the run, so a new one cannot start "
-                    f"from it: start from a task's path with --like {recipe.tasks[0].name}"
+                    f"{reader.directory}: the shared {unit}{where} serves no task of the run, so a new one cannot "
+                    f"start from it: start from a task's path with --like {recipe.tasks[0].name}"
                 )
     return {unit: (SHARED,) * number_of_routes(unit, recipe.model.backbone.depth) for unit in UNITS}
 
