@@ -252,7 +252,8 @@ def _report(
     if options.json:
         print(json.dumps({"checkpoint": str(directory), "task": task, **about, "metrics": metrics}))
         return
-    print("\n".join(benchmarks.table(metrics)))
+    for line in benchmarks.table(metrics):
+        print(line)
     print(
         f"{directory}: has the task {task}, {about['updated']} parameters trained of {about['parameters']} of its path "
         f"({about['updated'] / about['parameters']:.1%}); the other tasks are the same to the bit"

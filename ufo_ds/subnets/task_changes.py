@@ -48,11 +48,17 @@ def with_task(recipe: Recipe, task: Task, units: list[Unit]) -> Recipe:
 
 def without_task(recipe: Recipe, name: str, experts: list[Unit]) -> Recipe:
     """The recipe without a task, and with own copies of these units alone."""
-    recipe = only(recipe, [task.name for task in recipe.tasks if task.name != name])
+    left = only(recipe, [task.name for task in recipe.tasks if task.name != name])
+    given = recipe.model.input if recipe.tasks[0].name != name else left.model.input
+    dropped = [unit for unit in recipe.model.experts if unit not in experts]  # their routes say nothing any more
+    routes: dict[Any, Any] = {unit: route for unit, route in recipe.model.routes.items() if unit not in dropped}
+    recipe = left
     best = recipe.evaluation.best
     if best is not None and best.startswith(f"{name}/"):
         recipe = dataclasses.replace(recipe, evaluation=dataclasses.replace(recipe.evaluation, best=None))
-    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, experts=experts))
+    return dataclasses.replace(
+        recipe, model=dataclasses.replace(recipe.model, experts=experts, routes=routes, input=given)
+    )
 
 
 # --- changes ----------------------------------------------------------------------------------------------------------
@@ -184,15 +190,17 @@ def _forget(index: Index, task: str) -> None:
     for values in (index.classes, index.routes):
         values.pop(task, None)
     index.metrics = {key: value for key, value in index.metrics.items() if not key.startswith(f"{task}/")}
+    if task in index.added:  # no part of what training goes on with
+        if not any(task in about["behind"] for about in index.added.values()):
+            del index.added[task]
+            index.licences.pop(task, None)
+        return
     index.router = {
         key: {t: v for t, v in value.items() if t != task} if isinstance(value, dict) else value
         for key, value in index.router.items()
     }
     index.balance, index.guard = {}, {}  # training does not go on from here
     index.removed.append(task)
-    if task in index.added and not any(task in about["behind"] for about in index.added.values()):
-        del index.added[task]
-        index.licences.pop(task, None)
 
 
 def _without(reader: Reader, index: Index, gone: set[str]) -> tuple[list[dict[str, Any]], list[str]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from ufo_ds.data.manifest import MANIFEST
 from ufo_ds.data.shards import ShardSet
@@ -97,7 +98,7 @@ def make_task(name: str, data: Path, protocol: Protocol, recipe: Recipe, templat
     the same kind of head.
 
     Raises:
-        UserError: no shards to train on.
+        UserError: no shards to train on, or a name that is none.
     """
     train = train_shards(data)
     kind = kind_of(protocol)
@@ -126,10 +127,14 @@ def make_task(name: str, data: Path, protocol: Protocol, recipe: Recipe, templat
     if wants_pk:
         values["identities_per_step"] = max(2, samples // each)
         samples = values["identities_per_step"] * each
-    return Task(
-        name=name, head=head, loss=loss, samples_per_step=samples, train=[TrainSet(shards=str(train))],
-        benchmarks=benchmarks_of(data, name, protocol), **values,
-    )  # fmt: skip
+    try:
+        return Task(
+            name=name, head=head, loss=loss, samples_per_step=samples, train=[TrainSet(shards=str(train))],
+            benchmarks=benchmarks_of(data, name, protocol), **values,
+        )  # fmt: skip
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise UserError(f"task {name!r}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
 
 
 def _loss(kind: str, has_pairs: bool) -> Loss:
