@@ -59,10 +59,8 @@ def main() -> None:
     parser.add_argument("--task", default="clothing", choices=TASKS, help="the one that is left out, then added")
     parser.add_argument("--runs", type=Path, default=Path("runs/without"), help="where those without a task live")
     parser.add_argument("--out_runs", type=Path, default=Path("runs/extended"), help="where what is added goes")
-    parser.add_argument(
-        "--joint_runs", type=Path, help="of open_small.py, for rows of the task trained with all others"
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[3], help="how many, or with several: which")
+    parser.add_argument("--joint_runs", type=Path, help="of open_small.py, for a row of the task trained with all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="which (default: 0 1 2)")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="trainings at a time")
     parser.add_argument("--quick", action="store_true", help="a few steps of two arms, without bars")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
