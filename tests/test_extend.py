@@ -1,5 +1,6 @@
 """A task more, or less, in a run: all others are the same to the bit, and nothing but what was chosen is trained."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from ufo_ds.data.source import TrainSource, open_sets
 from ufo_ds.errors import UserError
 from ufo_ds.model.loading import load_supernet, spec_of
 from ufo_ds.model.parameters import address_of
+from ufo_ds.model.starting import opening
 from ufo_ds.subnets import licences, task_changes, untouched
 from ufo_ds.subnets.task_model import open_model
 from ufo_ds.training import new_task
@@ -460,3 +462,16 @@ def test_outputs_of_the_others_are_the_supernets(run, shards, model):
     for task in OTHERS:
         found, wanted = outputs_of(together, task, make_images()), outputs_of(model, task, make_images())
         assert torch.equal(found.embedding, wanted.embedding)
+
+
+def test_a_new_run_starts_from_all_that_an_extended_one_has(run, shards):
+    add(run, shards, "--train", "norms")
+    reader = Reader(directory_of(run))
+    model = dataclasses.replace(reader.recipe.model, init=str(run))
+    recipe = dataclasses.replace(reader.recipe, model=model)
+    recipe, start = opening(recipe, {name: len(names) for name, names in reader.index.classes.items()})
+    name = "blocks.1.norm1.own.colours.weight"
+    assert torch.equal(start.values(name, torch.Size([16]), range(16)), reader.parameter(name))
+    assert start.routes["colours"]["norm"] == ("own",) * 3
+    found = licences.origin({"colours": ["none"], "digits": ["MIT"], "glyphs": ["MIT"]}, None, start.checkpoint)
+    assert found.licences["colours"] == ["none", "MIT", "CC BY-NC 4.0"]
