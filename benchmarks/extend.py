@@ -9,7 +9,7 @@ of classes that part of the images, of identities that part of them. Beside thes
 random values, on the same data for as many steps; and a probe without training, logistic regression on the frozen
 features of the shared path, or for retrieval these features themselves. After each, ``ufo verify untouched`` compares
 the other tasks with the run it started from. What is finished is not repeated. Prints the table as Markdown, and as its
-last line one JSON object. All settings were chosen on .../val.
+last line one JSON object.
 """
 
 import argparse
@@ -51,7 +51,7 @@ ARMS: dict[str, list[str]] = {
     "norms + own FFNs": ["--train", "norms", "ffn"],
     SCRATCH: ["--from_scratch"],
 }
-SETTINGS = ["--steps", "500", "--lr", "1e-3", "--batch_size", "32"]
+SETTINGS = ["--steps", "400", "--lr", "1e-3", "--batch_size", "32"]
 
 
 def main() -> None:
