@@ -44,10 +44,13 @@ option() {
     echo "$value"
 }
 
-# What is trained, how it is spread and where: by train.py's arguments, or else the environment.
+# What is trained, how it is spread and where: ${arguments[@]}, those of train.py with what they leave to the environment,
+# and the run's directory.
 training() {
+    local recipe name
     recipe=$(option --recipe "${UFO_RECIPE:-demo}" "$@")
-    deepspeed=$(option --deepspeed "${UFO_DEEPSPEED:-$UFO_HOME/ds_configs/moe.json}" "$@")
-    local name=${recipe##*/}
-    run_dir=$(option --run_dir "${UFO_RUN_DIR:-runs/${name%.yaml}}" "$@")
+    name=${recipe##*/}
+    run_dir=$(option --run_dir "${UFO_RUN_DIR:-runs/${name%.y*ml}}" "$@")
+    arguments=("$@" --recipe "$recipe" --run_dir "$run_dir")
+    [[ " $*" == *" --deepspeed"* ]] || arguments+=(--deepspeed "${UFO_DEEPSPEED:-$UFO_HOME/ds_configs/moe.json}")
 }
