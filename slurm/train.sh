@@ -98,7 +98,7 @@ step=$!
 # Of a node that died and was soon back srun never hears that its ranks are gone.
 (
     while [[ ! -s $status_of_first ]]; do sleep 5; done
-    sleep 90
+    for _ in {1..18}; do sleep 5; done
     echo "srun waits for ranks that are gone: ended, 90 s after the first rank has left"
     kill -KILL "$step"
 ) &

@@ -135,7 +135,7 @@ def test_pipeline(cluster, pipeline, whole):
 
 
 def test_a_failing_child_stops_its_dependants(cluster, recipe, whole):
-    """Of a pipeline on a run of another recipe, which training refuses; where a model is in the way none is submitted."""
+    """Of a pipeline on a run of another recipe, which training refuses. With a model in the way none is submitted."""
     run = cluster.place / "other run"
     shutil.copytree(whole, run, ignore=shutil.ignore_patterns("extracted"))
     words = ["--recipe", recipe, "--run_dir", run.name, *LONG, "--seed", "1"]
