@@ -11,6 +11,16 @@ fail() {
 # shellcheck source=slurm/site.sh
 source "${UFO_SITE:-$UFO_HOME/slurm/site.sh}"
 
+# patiently COMMAND...: again where it fails. A controller that has much to do drops a connection now and then.
+patiently() {
+    local _
+    for _ in {1..5}; do
+        "$@" && return
+        sleep 10
+    done
+    fail "$*: refused five times, see above"
+}
+
 # mine ITEM...: into ${items[@]}, the one of this task of an array, or all where the job is none
 mine() {
     items=("$@")

@@ -58,7 +58,7 @@ fi
 
 # Where the ranks meet: rank 0 is on the first node, at the address that Slurm itself uses.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_ADDR=$(scontrol show node "$first" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+MASTER_ADDR=$(patiently scontrol show node "$first" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
 MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) # below the ports that systems hand out
 export MASTER_ADDR MASTER_PORT
 
@@ -129,4 +129,4 @@ case $status in
         echo "job $SLURM_JOB_ID: $reason, in the queue again; the last checkpoint is of step $(saved)"
         ;;
 esac
-scontrol requeue "$SLURM_JOB_ID"
+patiently scontrol requeue "$SLURM_JOB_ID"

@@ -100,7 +100,7 @@ def test_a_node_dies(cluster, recipe):
         first, second = starts(run)
         assert (first["ranks"], second["ranks"]) == (2, 1)
         assert second["step"] >= 6
-        assert second["step"] % 6 == 0
+        assert second["step"] % 6 == 0 or second["step"] % 9 == 0  # the best one is saved too, where it is evaluated
         seen = second["step"] + 2
     finally:
         cluster.node("start", "n2")
