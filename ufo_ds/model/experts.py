@@ -61,10 +61,14 @@ class RoutedUnit(nn.Module):
         self.routes = dict(routes)
         self.shared_samples = shared_samples
 
-    def drop_unused(self, tasks: Sequence[str]) -> None:
-        """Let go of the copies that none of these ``tasks`` takes, whose rows alone will come, and that in evaluation;
-        routes must have been decided."""
-        self.routes = {task: self.routes[task] for task in tasks}
+    def drop_unused(self, tasks: Sequence[str] | None = None) -> None:
+        """Let go of the copies that no route takes, which evaluation does without; routes must have been decided.
+
+        Args:
+            tasks: those whose rows will come here; default: all.
+        """
+        if tasks is not None:
+            self.routes = {task: self.routes[task] for task in tasks}
         if self.own is not None:
             for task in [task for task in self.own if self.routes.get(task) != OWN]:
                 del self.own[task]
