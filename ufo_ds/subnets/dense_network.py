@@ -39,24 +39,17 @@ class DenseNetwork(nn.Module):
         Returns:
             Embeddings [B, D] and logits [B, C], C = 0 without a classifier; fp32.
         """
-        return self.of_pixels(self._normalised(images))
-
-    def of_pixels(self, pixels_BCHW: Tensor) -> Outputs:
-        """The same of normalised pixels, as the image processor gives them."""
-        feature_BD, embedding_BD = self._run(pixels_BCHW)
+        feature_BD, embedding_BD = self._run(images)
         if self.classifier is not None:
             return Outputs(embedding_BD, self.classifier(feature_BD).float())
         return Outputs(embedding_BD, embedding_BD[:, :0] if self.cosines is None else self.cosines(embedding_BD))
 
     def feature(self, images: Tensor) -> Tensor:
         """What a neck would be given: [B, D]."""
-        return self._run(self._normalised(images))[0]
+        return self._run(images)[0]
 
-    def _normalised(self, images: Tensor) -> Tensor:
-        return (images.float() - self.mean) / self.std
-
-    def _run(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = self.backbone(pixels_BCHW)
+    def _run(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = self.backbone((images.float() - self.mean) / self.std)
         tokens_BLD = outputs.last_hidden_state
         feature_BD = self.backbone.pooled(tokens_BLD) if isinstance(self.backbone, UfoViTModel) else tokens_BLD[:, 0]
         return feature_BD, outputs.pooler_output.float()

@@ -83,7 +83,7 @@ def with_random_weights(models: Sequence[nn.Module], target: Target) -> None:
 def prepare(models: Sequence[nn.Module], input_hw: Size, target: Target) -> list[Call]:
     """Of each model a call with images that are on the device, ``[batch_size, 3, H, W]``; each was made once."""
     pixels_BCHW = torch.randn(target.batch_size, 3, *input_hw, generator=torch.Generator().manual_seed(0))
-    prepare_one = _prepare_onnx if target.backend == "onnx" else _prepare_torch
+    prepare_one = _prepare_onnx if target.backend == "onnx" else call_of_module
     calls = []
     # By default torch keeps eight compilations of the same code.
     many = torch._dynamo.config.patch(recompile_limit=len(models) + 1) if target.backend == "compile" else nullcontext()
@@ -129,6 +129,11 @@ def typical(times_RNC: np.ndarray) -> np.ndarray:
     return np.exp(model_N + np.median(round_R1))
 
 
+def milliseconds(calls: Sequence[Call], target: Target, rounds: int) -> list[float]:
+    """Typical ones of each, called in turn."""
+    return (1e3 * typical(measure(calls, target, rounds))).tolist()
+
+
 def machine(target: Target) -> dict[str, str]:
     """Names of this machine and of what computes."""
     if target.device == "cuda":
@@ -147,7 +152,8 @@ def versions(target: Target) -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def _prepare_torch(module: nn.Module, pixels_BCHW: Tensor, target: Target) -> Call:
+def call_of_module(module: nn.Module, pixels_BCHW: Tensor, target: Target) -> Call:
+    """A call of torch with images that are on the device."""
     module = module.to(target.device, _DTYPES[target.dtype])
     pixels_BCHW = pixels_BCHW.to(target.device, _DTYPES[target.dtype])
     # Whole or not at all: what falls back to the interpreter would be measured as something else than it says.
@@ -165,10 +171,11 @@ def _prepare_onnx(module: nn.Module, pixels_BCHW: Tensor, target: Target) -> Cal
         file = Path(directory) / "model.onnx"
         onnx_export.export(module, pixels_BCHW, file, ["output"], dynamic_batch=False)
         session = onnx_export.session(file, target.device, target.threads)
-    return _call_of_session(session, pixels_BCHW, target)
+    return call_of_session(session, pixels_BCHW, target)
 
 
-def _call_of_session(session: Any, pixels_BCHW: Tensor, target: Target) -> Call:
+def call_of_session(session: Any, pixels_BCHW: Tensor, target: Target) -> Call:
+    """A call of ONNX Runtime with images that are on the device."""
     import onnxruntime
 
     images = onnxruntime.OrtValue.ortvalue_from_numpy(pixels_BCHW.numpy(), target.device, 0)
