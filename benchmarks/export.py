@@ -6,9 +6,9 @@
 
 Every task of every run of ``open_small`` (arm "learned routes") is exported with ``--int8``: the largest difference of
 ONNX Runtime in batches of 1 to 17 real image files, preprocessing included, from torch in double precision, of the
-largest output; and of int8 the size, the time of one image on one thread (torch, fp32 and int8 called in turns), and the
-metric of the test set before and after. What is done is kept and not repeated. Prints the table as Markdown, and as its
-last line one JSON object.
+largest output; and of int8 the size, the time of one image on one thread (torch, fp32 and int8 called in turns), and
+the metric of the test set before and after. What is done is kept and not repeated. Prints the table as Markdown, and as
+its last line one JSON object.
 """
 
 import argparse
