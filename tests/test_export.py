@@ -5,12 +5,14 @@ import io
 import itertools
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tests import elastic_run
 from tests.elastic_run import error_of, run_json
@@ -26,6 +28,7 @@ from tests.small_run import (
 from ufo_ds import evaluate, export, latency, predict
 from ufo_ds.errors import UserError
 from ufo_ds.model.heads import Outputs
+from ufo_ds.model.loading import spec_of
 from ufo_ds.subnets import agreement, extraction, onnx_export
 from ufo_ds.subnets.certificate_images import with_one_to_resize
 from ufo_ds.subnets.exporting import batches_of, verify
@@ -206,11 +209,9 @@ def test_the_certificate_fails_on_another_model_or_preprocessing(tmp_path, expor
     assert not certificate.exists() or json.loads(certificate.read_text())["passed"] is False
 
 
-def test_the_certificate_fails_on_another_rank_list_of_the_same_values(tmp_path, exported, sources):
-    """The bias of the embedding is moved by less than the tolerance of values, all entries in the directions that bring
-    two images nearest to changing places in the list of a third."""
-    source = open_model(sources["glyphs"])
-    images = list(itertools.chain.from_iterable(make_images(seed) for seed in range(15)))
+def shift_by_which_images_change_places(source, images):
+    """Of the embedding, by less than the tolerance of values: all its entries in the directions that bring two images
+    nearest to changing places in the list of a third."""
     uint8, _ = normalised(source, images)
     plain = source.embed(uint8)
     step = 0.8 * agreement.TOLERANCE * float(plain.embedding.abs().max())
@@ -231,10 +232,26 @@ def test_the_certificate_fails_on_another_rank_list_of_the_same_values(tmp_path,
                 best = min(best or (ratio, slope), (ratio, slope), key=lambda pair: pair[0])
     assert best is not None
     assert best[0] < 0.7  # they change places
-    copied = shutil.copytree(exported / "glyphs", tmp_path / "glyphs")
-    edit_weight(copied, "pooler.dense.bias", lambda value: value - step * best[1].sign().numpy())
+    return -step * best[1].sign().numpy()
+
+
+@pytest.mark.parametrize("kind", ["exported", "extracted"])
+def test_the_certificate_fails_on_another_rank_list_of_the_same_values(
+    tmp_path, exported, extracted, reader, sources, kind
+):
+    images = list(itertools.chain.from_iterable(make_images(seed) for seed in range(15)))
+    shift = shift_by_which_images_change_places(open_model(sources["glyphs"]), images)
+    copied = shutil.copytree((exported if kind == "exported" else extracted) / "glyphs", tmp_path / "glyphs")
+    if kind == "exported":
+        edit_weight(copied, "pooler.dense.bias", lambda value: value + shift)
+        certify = partial(verify, open_model(sources["glyphs"]), copied, images)
+    else:
+        state = load_file(copied / "model.safetensors")
+        state["pooler.dense.bias"] += torch.from_numpy(shift)
+        save_file(state, copied / "model.safetensors", {"format": "pt"})
+        certify = partial(extraction.verify, reader, spec_of(reader, "glyphs"), copied, images)
     with pytest.raises(UserError, match=r"differs from .* by another rank list"):
-        verify(open_model(sources["glyphs"]), copied, images)
+        certify()
     certificate = json.loads((copied / "certificate.json").read_text())
     assert certificate["max_difference"] <= 1e-5
     assert certificate["rank_inversion"] > 1
