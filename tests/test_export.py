@@ -26,12 +26,13 @@ from tests.small_run import (
     write_checkpoint,
 )
 from ufo_ds import evaluate, export, latency, predict
+from ufo_ds.data.transforms import evaluation_transform
 from ufo_ds.errors import UserError
 from ufo_ds.model.heads import Outputs
 from ufo_ds.model.loading import spec_of
 from ufo_ds.subnets import agreement, extraction, onnx_export
 from ufo_ds.subnets.certificate_images import with_one_to_resize
-from ufo_ds.subnets.exporting import batches_of, verify
+from ufo_ds.subnets.exporting import batches_of, export_int8, verify
 from ufo_ds.subnets.exporting import export as write
 from ufo_ds.subnets.quantization import layers
 from ufo_ds.subnets.task_model import open_model
@@ -76,8 +77,6 @@ def exported(tmp_path_factory, sources):
 
 
 def normalised(model, images):
-    from ufo_ds.data.transforms import evaluation_transform
-
     uint8 = torch.from_numpy(np.stack([evaluation_transform(image, model.input) for image in images]))
     mean, std = (torch.tensor(values)[:, None, None] for values in (model.recipe.data.mean, model.recipe.data.std))
     return uint8, ((uint8 / 255 - mean) / std).numpy()
@@ -142,6 +141,17 @@ def test_weights_beside_the_graph(tmp_path, monkeypatch, sources):
     data[1000] ^= 1
     (tmp_path / "out" / "model.onnx.data").write_bytes(data)
     assert open_model(tmp_path / "out").fingerprint != first
+
+
+def test_int8_of_weights_beside_the_graph(tmp_path, monkeypatch, sources):
+    monkeypatch.setattr(onnx_export, "WITHIN", 1000)
+    source = open_model(sources["glyphs"])
+    uint8, pixels = normalised(source, IMAGES)
+    write(source, None, tmp_path / "out")
+    export_int8(tmp_path / "out", torch.from_numpy(pixels))
+    assert (tmp_path / "out" / "int8" / "model.onnx.data").is_file()
+    found, wanted = open_model(tmp_path / "out" / "int8").embed(uint8), source.embed(uint8)
+    assert torch.nn.functional.cosine_similarity(found.embedding, wanted.embedding).min() > 0.99
 
 
 # --- not the same -----------------------------------------------------------------------------------------------------
@@ -307,8 +317,6 @@ def test_int8_is_measured_and_the_verbs_take_both(tmp_path, elastic, capsys):
 
 
 def test_weights_come_out_in_int8_but_for_the_last_layers(tmp_path, elastic, exported):
-    from ufo_ds.subnets.exporting import export_int8
-
     copied = shutil.copytree(exported / "slice", tmp_path / "slice")
     source = open_model(elastic / "slice")
     uint8, pixels = normalised(source, IMAGES)

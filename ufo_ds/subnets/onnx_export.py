@@ -84,7 +84,9 @@ def check_provider(device: str) -> None:
     import onnxruntime
 
     if provider(device) not in onnxruntime.get_available_providers():
-        raise UserError(f"--device {device}: this onnxruntime has no {provider(device)}: install onnxruntime-gpu")
+        raise UserError(
+            f"--device {device}: this onnxruntime has no {provider(device)}: use cpu, or install onnxruntime-gpu"
+        )
 
 
 @contextlib.contextmanager
