@@ -16,7 +16,7 @@ from ufo_ds.model.architecture import Architecture, SearchSpace
 from ufo_ds.model.dense import network
 from ufo_ds.model.loading import spec_of
 from ufo_ds.recipe_model import Backbone, Elastic, Model
-from ufo_ds.subnets import extraction, timing
+from ufo_ds.subnets import extraction, onnx_export, timing
 from ufo_ds.subnets.latency import WORK, Measurement, Profile, Target, fit, left_out_errors, to_measure, work
 
 BACKBONE = Backbone(
@@ -274,7 +274,7 @@ def test_missing_libraries_and_wrong_models_are_one_line(recipe_path, tmp_path, 
         elastic = "{depth: [1, 2], heads: [1, 2], dim: [8, 16]}"
         recipe_path.write_text(TINY.replace(elastic, text) if text else TINY.replace(f"  elastic: {elastic}\n", ""))
         assert words in error_of(capsys, [str(recipe_path), "--task", "a", *out])
-    monkeypatch.setattr(timing, "find_spec", lambda name: None if name == "onnxscript" else object())
+    monkeypatch.setattr(onnx_export, "find_spec", lambda name: None if name == "onnxscript" else object())
     onnx = error_of(capsys, [str(recipe_path), "--task", "a", "--backend", "onnx", *out])
     assert "needs onnxscript: pip install 'ufo_ds[onnx]'" in onnx
     assert not (tmp_path / "profile.json").exists()

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ufo_ds import checkpoint
-from ufo_ds.data.shard_specs import is_here
-from ufo_ds.data.shards import ShardSet
 from ufo_ds.errors import UserError
 from ufo_ds.model.loading import check_path, spec_of
 from ufo_ds.model.spec import SubnetSpec
-from ufo_ds.recipe import Recipe
 from ufo_ds.subnets import licences
+from ufo_ds.subnets.certificate_images import certificate_images
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -57,7 +55,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--images {options.images[0]} is to verify the model of one task: leave it out")
     if options.out.exists():  # before statistics are found, which may take a minute
         raise UserError(f"--out {options.out} exists: choose another directory or delete it")
-    images = _images(reader.recipe, specs[0].task, options.images) if options.verify and is_one else []
+    images = []
+    if options.verify and is_one:
+        images = certificate_images(reader.recipe, specs[0].task, options.images)
 
     from transformers.utils import logging  # takes seconds to import
 
@@ -112,20 +112,3 @@ def _specs(reader: checkpoint.Reader, tasks: list[str], files: list[Path]) -> li
         check_path(reader, spec)
         given[spec.task] = spec
     return [given.get(task) or spec_of(reader, task) for task in dict.fromkeys(tasks)]
-
-
-def _images(recipe: Recipe, task: str, files: list[Path] | None, count: int = 32) -> list[bytes]:
-    """Image files to compare with: those given, or some that the recipe knows for this task."""
-    if files:
-        try:
-            return [path.read_bytes() for path in files]
-        except OSError as error:
-            raise UserError(f"--images {error.filename}: {error.strerror}") from None
-    found = next(t for t in recipe.tasks if t.name == task)
-    directories = [d for b in found.benchmarks for d in b.parts.values()] + [s.shards for s in found.train]
-    for directory in directories:
-        if is_here(directory):
-            shards = ShardSet.open(directory, recipe.data.shard_cache)
-            step = max(1, len(shards) // count)
-            return [shards.read(index) for index in range(0, len(shards), step)][:count]
-    raise UserError(f"--verify needs images: none of {', '.join(directories) or 'no shards'} is here; give --images")

@@ -2,7 +2,7 @@
 
 ufo latency runs/mine --task person --out phone.json                           # up to 40 subnets of model.elastic
 ufo latency mine.yaml --task person --backend onnx --threads 4 --out phone.json
-ufo latency person-vit --batch_size 16                                         # one model that ufo extract wrote
+ufo latency person-vit --batch_size 16                  # one model, of ufo extract; of ufo export by ONNX Runtime
 
 A run or recipe needs no checkpoint: weights are random. A call is from normalised pixels to the embedding; of an
 extracted model with a classifier, to its logits. On one thread of a CPU, times are the thread's own, without what other
@@ -32,7 +32,9 @@ def main(argv: list[str] | None = None) -> None:
     choices = {name: get_args(Target.__annotations__[name]) for name in ("backend", "device", "dtype")}
     parser.add_argument("model", help="a run directory or recipe with model.elastic, or an extracted model")
     parser.add_argument("--task", help="whose subnets (not needed for an extracted model)")
-    parser.add_argument("--backend", choices=choices["backend"], default="torch", help="default: torch, eager")
+    parser.add_argument(
+        "--backend", choices=choices["backend"], help="default: torch, eager; of an exported model onnx"
+    )
     parser.add_argument("--device", choices=choices["device"], default="cpu", help="default: cpu")
     parser.add_argument("--batch_size", default="1", metavar="B", help="images of a call (default: 1)")
     parser.add_argument("--threads", default="1", metavar="N", help="of the CPU (default: 1)")
@@ -41,8 +43,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="the profile to write")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     options = parser.parse_args(argv)
+    exported = (Path(options.model) / "model.onnx").is_file()
+    if exported and options.backend not in (None, "onnx"):
+        raise UserError(f"--backend {options.backend}: {options.model} is for ONNX Runtime: leave --backend out")
     target = Target(
-        backend=options.backend,
+        backend=options.backend or ("onnx" if exported else "torch"),
         device=options.device,
         batch_size=_whole("--batch_size", options.batch_size, 1),
         threads=_whole("--threads", options.threads, 1),
@@ -51,10 +56,10 @@ def main(argv: list[str] | None = None) -> None:
     count = _whole("--measurements", options.measurements, 2)
 
     from ufo_ds.subnets import timing  # these take seconds to import
-    from ufo_ds.subnets.dense_model import is_dense_model
+    from ufo_ds.subnets.task_model import is_model
 
     timing.check(target)
-    if is_dense_model(Path(options.model)):
+    if is_model(Path(options.model)):
         if options.out is not None:
             raise UserError(
                 f"--out {options.out}: a profile is of many subnets, {options.model} is one model: leave out"
@@ -84,18 +89,23 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _of_model(path: Path, task: str | None, target: Target) -> dict[str, Any]:
-    """Times of a model as it was extracted."""
+    """Times of a model as it lies in its directory."""
+    import torch
     from transformers import AutoModel, AutoModelForImageClassification
 
-    from ufo_ds.subnets import timing
-    from ufo_ds.subnets.dense_model import DenseModel
+    from ufo_ds.subnets import onnx_export, timing
+    from ufo_ds.subnets.onnx_model import GRAPH, is_onnx_model
+    from ufo_ds.subnets.task_model import open_model
 
-    of_task = DenseModel.load(path).recipe.tasks[0]
-    if task not in (None, of_task.name):
-        raise UserError(f"--task {task}: {path} is a model of task {of_task.name}: leave --task out")
-    auto = AutoModelForImageClassification if of_task.head.type == "linear" else AutoModel
-    model = auto.from_pretrained(path, use_safetensors=True, trust_remote_code=False, local_files_only=True)
-    calls = timing.prepare([model], of_task.input, target)
+    of_task = open_model(path, task).recipe.tasks[0]
+    if is_onnx_model(path):
+        session = onnx_export.session(path / GRAPH, target.device, target.threads)
+        pixels_BCHW = torch.randn(target.batch_size, 3, *of_task.input)
+        calls = [timing.call_of_session(session, pixels_BCHW, target)]
+    else:
+        auto = AutoModelForImageClassification if of_task.head.type == "linear" else AutoModel
+        model = auto.from_pretrained(path, use_safetensors=True, trust_remote_code=False, local_files_only=True)
+        calls = timing.prepare([model], of_task.input, target)
     ms = 1e3 * timing.measure(calls, target).flatten()
     low, median, high = np.quantile(ms, [0.1, 0.5, 0.9]).tolist()
     images_per_second = 1e3 * target.batch_size / median

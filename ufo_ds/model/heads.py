@@ -49,7 +49,7 @@ class BatchNormNeck(Padded):
 
     def forward(self, x_BD: Tensor, track: bool = True) -> Tensor:
         """``x_BD`` may have the leading columns only. ``track``: of training, whether the running statistics follow."""
-        x_BD = x_BD.float()
+        x_BD = x_BD.to(torch.promote_types(x_BD.dtype, torch.float32))
         if self.training:
             mean_D, var_D = self._batch_statistics(x_BD, track)
         else:

@@ -77,7 +77,7 @@ class DenseModel:
             raise UserError(
                 f"{path / SPEC} is of task {spec.task!r}, {RECIPE} of {recipe.tasks[0].name!r}: extract it again"
             )
-        _check_preprocessing(path, recipe)
+        check_preprocessing(path, recipe)
         try:
             with _quiet():
                 config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -122,7 +122,7 @@ def _load(auto: Any, path: Path) -> Any:
     return model
 
 
-def _check_preprocessing(path: Path, recipe: Recipe) -> None:
+def check_preprocessing(path: Path, recipe: Recipe) -> None:
     """
     Raises:
         UserError: the stock image processor would make other pixels than the task's.

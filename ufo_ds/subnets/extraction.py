@@ -10,6 +10,7 @@ What these have no room for, blocks that differ, a stem or mean pooling, is a ``
 import io
 import json
 import shutil
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -24,16 +25,17 @@ from ufo_ds.data.mixing import Batch, TaskBatch
 from ufo_ds.data.transforms import evaluation_transform
 from ufo_ds.errors import UserError
 from ufo_ds.model.dense import is_stock, network
+from ufo_ds.model.heads import Outputs
 from ufo_ds.model.loading import check_path, load_supernet
 from ufo_ds.model.spec import SubnetSpec
 from ufo_ds.recipe import Recipe, only
 from ufo_ds.recipe_file import to_yaml
 from ufo_ds.recipe_task import Task
 from ufo_ds.subnets import recalibration
+from ufo_ds.subnets.agreement import compare
 from ufo_ds.subnets.model_card import HUB, model_card
 from ufo_ds.subnets.weights import Statistics, path_weights, read, shape_of
 
-TOLERANCE = 1e-5  # of the largest output, in fp32
 CERTIFICATE = "certificate.json"
 RECIPE = "recipe.yaml"
 SPEC = "spec.json"
@@ -104,13 +106,14 @@ def image_processor(recipe: Recipe, task: Task) -> ViTImageProcessorPil:
 def verify(
     reader: Reader, spec: SubnetSpec, directory: Path, images: list[bytes], statistics: Statistics | None = None
 ) -> dict[str, float | int | str]:
-    """Run image files through AutoImageProcessor and the extracted model, and through the supernet; compare. For the
-    ``statistics`` see :func:`extract`.
+    """Run image files through AutoImageProcessor and the extracted model, and through the supernet; compare, as
+    :mod:`agreement` says. For the ``statistics`` see :func:`extract`.
 
-    The certificate beside the model says by how much they differ at most, relative to the largest output.
+    The certificate beside the model says by how much they differ at most, relative to the largest output, and that they
+    give the same rank lists.
 
     Raises:
-        UserError: by more than :data:`TOLERANCE`, or not at all comparable.
+        UserError: other values or rank lists, or not at all comparable.
     """
     task = _task(reader.recipe, spec.task)
     (directory / CERTIFICATE).unlink(missing_ok=True)  # one of earlier says nothing about what lies there now
@@ -123,50 +126,47 @@ def verify(
     empty = torch.zeros(len(uint8), dtype=torch.int64)
     batch = Batch(0, 0, {task.name: TaskBatch(uint8, empty, range(len(uint8)), len(uint8))}, {})
     with torch.no_grad():
-        wanted = supernet(batch)[task.name]
+        plain, exact = supernet(batch)[task.name], supernet.double()(batch)[task.name]
+    linear = task.head.type == "linear"
+    if not linear:  # those of the extracted model are none
+        plain, exact = (Outputs(outputs.embedding, outputs.embedding[:, :0]) for outputs in (plain, exact))
     try:
-        processor, found = _run_extracted(directory, images, classify=task.head.type == "linear")
+        processor, found = _run_extracted(directory, images, linear)
     except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
         raise UserError(f"{directory} does not run: {str(error).splitlines()[0]}") from None
-    # torch's maximum keeps a NaN, which then passes no comparison; a model without any number is no model.
-    absolute = torch.stack([(a - b).abs().max() for a, b in zip(found, wanted, strict=False)])
-    largest = torch.stack([b.abs().max() for _, b in zip(found, wanted, strict=False)])
-    difference, furthest = torch.nan_to_num(  # JSON has neither NaN nor infinity
-        torch.stack([(absolute / largest).max(), absolute.max()]), nan=torch.finfo(torch.float32).max
-    ).tolist()
+    agreement = compare(found, range(len(images)), plain, exact)
     certificate: dict[str, float | int | str] = {
         "task": task.name,
         "spec": spec.name,
         "step": reader.index.step,
         "images": len(images),
-        "max_difference": difference,
-        "max_absolute_difference": furthest,
-        "tolerance": TOLERANCE,
+        **asdict(agreement),
         "image_processor": processor,
         "loaded_by": "transformers"
         if is_stock(reader.recipe.model.backbone, spec.architecture)
         else f"transformers and {HUB}",
-        "passed": difference <= TOLERANCE,
+        "passed": agreement.passed,
     }
     write_text(directory / CERTIFICATE, json.dumps(certificate, indent=2) + "\n")
-    if not certificate["passed"]:
+    if not agreement.passed:
         raise UserError(
-            f"{directory} differs from the supernet by {difference:.1e} of the largest output, more than "
-            f"{TOLERANCE:g}: its weights or its preprocessing are not those of the run"
+            f"{directory} differs from the supernet by {agreement.fault}: its weights or its preprocessing are not "
+            "those of the run"
         )
     return certificate
 
 
-def _run_extracted(directory: Path, images: list[bytes], classify: bool) -> tuple[str, list[torch.Tensor]]:
+def _run_extracted(directory: Path, images: list[bytes], classify: bool) -> tuple[str, Outputs]:
     """Image files through what is in the directory, by transformers alone, or for what is not stock with
     :mod:`ufo_ds.model.hub` imported: embeddings, and logits to classify."""
     processor = AutoImageProcessor.from_pretrained(directory)
     pixels = processor(images=[Image.open(io.BytesIO(image)) for image in images], return_tensors="pt").pixel_values
     with torch.no_grad():
-        outputs = [AutoModel.from_pretrained(directory).eval()(pixels).pooler_output]
+        embedding = AutoModel.from_pretrained(directory).eval()(pixels).pooler_output
+        logits = embedding[:, :0]
         if classify:
-            outputs.append(AutoModelForImageClassification.from_pretrained(directory).eval()(pixels).logits)
-    return type(processor).__name__, outputs
+            logits = AutoModelForImageClassification.from_pretrained(directory).eval()(pixels).logits
+    return type(processor).__name__, Outputs(embedding, logits)
 
 
 def _task(recipe: Recipe, name: str) -> Task:

@@ -1,16 +1,20 @@
 """What the directory of an extracted model says of it to people and to the hub."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 
 from ufo_ds.checkpoint import Reader
 from ufo_ds.model.architecture import Architecture
 from ufo_ds.model.dense import is_stock
 from ufo_ds.model.hub import UfoViTConfig
 from ufo_ds.model.spec import SubnetSpec
-from ufo_ds.subnets.licences import behind
+from ufo_ds.subnets.licences import UNKNOWN, behind
 
 HUB = "ufo_ds.model.hub"  # what is not stock loads only with it
+CARD = "README.md"
+LICENCES = "| images behind these weights, by task | licence |\n|---|---|\n"
 
 
 def model_card(reader: Reader, spec: SubnetSpec, parameters: int, recalibrated: bool) -> str:
@@ -76,9 +80,7 @@ inputs = AutoImageProcessor.from_pretrained(path)(Image.open(file), return_tenso
 |---|---|
 {rows}
 
-| images behind these weights, by task | licence |
-|---|---|
-{licences}
+{LICENCES}{licences}
 {started}"""
 
 
@@ -115,12 +117,26 @@ ufo extract PATH --task {specs[0].task} --out {specs[0].task}-vit    # one alone
 |---|---|---|
 {rows}
 
-| images behind these weights, by task | licence |
-|---|---|
-{_licences(reader, specs)}
+{LICENCES}{_licences(reader, specs)}
 {started}"""
 
 
 def _licences(reader: Reader, specs: list[SubnetSpec]) -> str:
     found = {name: of for spec in specs for name, of in behind(reader.index, reader.recipe, spec).items()}
-    return "\n".join(f"| {name} | {'; '.join(of_task)} |" for name, of_task in found.items())
+    return licence_rows(found)
+
+
+def licences_on_card(card: Path, task: str) -> dict[str, list[str]]:
+    """Of the images behind a model's weights, by task, as its card says it."""
+    try:
+        _, _, rest = card.read_text().partition(LICENCES)
+    except (OSError, UnicodeDecodeError):
+        rest = ""
+    rows = itertools.takewhile(lambda line: line.startswith("|"), rest.splitlines())
+    cells = [row.strip("|").split("|", 1) for row in rows]
+    found = {cell[0].strip(): cell[1].strip().split("; ") for cell in cells if len(cell) == 2}
+    return found or {task: [UNKNOWN]}
+
+
+def licence_rows(licences: dict[str, list[str]]) -> str:
+    return "\n".join(f"| {name} | {'; '.join(of_task)} |" for name, of_task in licences.items())

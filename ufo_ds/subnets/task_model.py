@@ -30,6 +30,7 @@ from ufo_ds.subnets import recalibration
 from ufo_ds.subnets.dense_model import DenseModel, architecture, is_dense_model
 from ufo_ds.subnets.dense_network import with_weights
 from ufo_ds.subnets.extraction import image_processor
+from ufo_ds.subnets.onnx_model import OnnxModel, is_onnx_model
 from ufo_ds.subnets.weights import state_of
 
 
@@ -42,7 +43,8 @@ class TaskModel:
         classes: names behind the logits, of a linear head; of a margin head none.
         fingerprint: sha256 of weights, architecture and preprocessing.
         calibration: where its calibration is kept, if it has one; see :mod:`ufo_ds.subnets.calibration`.
-        network: uint8 [B, 3, H, W] to :class:`Outputs`.
+        network: uint8 [B, 3, H, W] to :class:`Outputs`; what it subtracts from pixels and divides them by are its
+            buffers ``mean`` and ``std``.
         device: of the network.
     """
 
@@ -88,11 +90,12 @@ class TaskModel:
 
 def is_model(path: Path) -> bool:
     """Whether it is the directory of one task's model, and no run."""
-    return is_dense_model(path)
+    return is_dense_model(path) or is_onnx_model(path)
 
 
 def open_model(path: Path, task: str | None = None, device: str = "cpu") -> TaskModel:
-    """Open a model directory of ``ufo extract``, or a task of a run directory (its best checkpoint) or checkpoint.
+    """Open a model directory of ``ufo extract`` or ``ufo export``, or a task of a run directory (its best checkpoint)
+    or checkpoint.
 
     Args:
         task: which of the run's tasks; may be left out where there is one.
@@ -118,6 +121,12 @@ def open_model(path: Path, task: str | None = None, device: str = "cpu") -> Task
 
 
 def _of_directory(path: Path, device: str) -> TaskModel:
+    if is_onnx_model(path):
+        exported = OnnxModel.load(path, device)
+        return TaskModel(
+            str(path), exported.recipe, exported.classes, exported.fingerprint, path / "calibration.json",
+            exported.network, device,
+        )  # fmt: skip
     dense = DenseModel.load(path, device)
     digest = fingerprint(dense.config, dense.state, dense.recipe)
     return TaskModel(str(path), dense.recipe, dense.classes, digest, path / "calibration.json", dense.network, device)

@@ -8,18 +8,16 @@ is the time that passes.
 """
 
 import contextlib
-import logging
 import os
 import platform
 import shutil
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,13 +27,13 @@ from ufo_ds.errors import UserError
 from ufo_ds.progress import Progress
 from ufo_ds.recipe_task import Size
 from ufo_ds.seeding import numpy_generator
+from ufo_ds.subnets import onnx_export
 from ufo_ds.subnets.latency import Target
 
 Call = Callable[[], object]
 CALLS = 3  # timed in one visit; the one before them brings weights and code into the caches
 SECONDS = 30.0  # of timed calls of all models together, if the numbers of rounds allow
 ROUNDS = (12, 100)
-ONNX = ("onnx", "onnxscript", "onnxruntime")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -47,16 +45,10 @@ def check(target: Target) -> None:
     if target.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here: use cpu, or a machine with one")
     if target.backend == "onnx":
-        missing = [name for name in ONNX if find_spec(name) is None]
-        if missing:
-            raise UserError(f"--backend onnx needs {', '.join(missing)}: pip install 'ufo_ds[onnx]'")
+        onnx_export.check_installed("--backend onnx")
         if target.dtype != "fp32":
             raise UserError(f"--dtype {target.dtype} with --backend onnx is not supported: use fp32")
-        provider = _provider(target)
-        import onnxruntime
-
-        if provider not in onnxruntime.get_available_providers():
-            raise UserError(f"--device {target.device}: this onnxruntime has no {provider}: install onnxruntime-gpu")
+        onnx_export.check_provider(target.device)
     if target.backend == "compile" and target.device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise UserError("--backend compile needs a C++ compiler: install g++, or set CXX")
 
@@ -91,7 +83,7 @@ def with_random_weights(models: Sequence[nn.Module], target: Target) -> None:
 def prepare(models: Sequence[nn.Module], input_hw: Size, target: Target) -> list[Call]:
     """Of each model a call with images that are on the device, ``[batch_size, 3, H, W]``; each was made once."""
     pixels_BCHW = torch.randn(target.batch_size, 3, *input_hw, generator=torch.Generator().manual_seed(0))
-    prepare_one = _prepare_onnx if target.backend == "onnx" else _prepare_torch
+    prepare_one = _prepare_onnx if target.backend == "onnx" else call_of_module
     calls = []
     # By default torch keeps eight compilations of the same code.
     many = torch._dynamo.config.patch(recompile_limit=len(models) + 1) if target.backend == "compile" else nullcontext()
@@ -137,6 +129,11 @@ def typical(times_RNC: np.ndarray) -> np.ndarray:
     return np.exp(model_N + np.median(round_R1))
 
 
+def milliseconds(calls: Sequence[Call], target: Target, rounds: int) -> list[float]:
+    """Typical ones of each, called in turn."""
+    return (1e3 * typical(measure(calls, target, rounds))).tolist()
+
+
 def machine(target: Target) -> dict[str, str]:
     """Names of this machine and of what computes."""
     if target.device == "cuda":
@@ -155,7 +152,8 @@ def versions(target: Target) -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def _prepare_torch(module: nn.Module, pixels_BCHW: Tensor, target: Target) -> Call:
+def call_of_module(module: nn.Module, pixels_BCHW: Tensor, target: Target) -> Call:
+    """A call of torch with images that are on the device."""
     module = module.to(target.device, _DTYPES[target.dtype])
     pixels_BCHW = pixels_BCHW.to(target.device, _DTYPES[target.dtype])
     # Whole or not at all: what falls back to the interpreter would be measured as something else than it says.
@@ -169,27 +167,20 @@ def _prepare_torch(module: nn.Module, pixels_BCHW: Tensor, target: Target) -> Ca
 
 
 def _prepare_onnx(module: nn.Module, pixels_BCHW: Tensor, target: Target) -> Call:
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "model.onnx"
+        onnx_export.export(module, pixels_BCHW, file, ["output"], dynamic_batch=False)
+        session = onnx_export.session(file, target.device, target.threads)
+    return call_of_session(session, pixels_BCHW, target)
+
+
+def call_of_session(session: Any, pixels_BCHW: Tensor, target: Target) -> Call:
+    """A call of ONNX Runtime with images that are on the device."""
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = target.threads, 1
-    options.log_severity_level = 3  # errors
-    exporter = logging.getLogger("torch.onnx")  # says of every model that torchvision is not there
-    level = exporter.level
-    with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        exporter.setLevel(logging.ERROR)
-        file = Path(directory) / "model.onnx"
-        torch.onnx.export(module, (pixels_BCHW,), file, dynamo=True, verbose=False)
-        exporter.setLevel(level)
-        session = onnxruntime.InferenceSession(file, options, providers=[_provider(target)])
     images = onnxruntime.OrtValue.ortvalue_from_numpy(pixels_BCHW.numpy(), target.device, 0)
-    inputs = {session.get_inputs()[0].name: images}
+    inputs = {onnx_export.PIXELS: images}
     return lambda: session.run_with_ort_values(None, inputs)
-
-
-def _provider(target: Target) -> str:
-    return "CUDAExecutionProvider" if target.device == "cuda" else "CPUExecutionProvider"
 
 
 def _timed(call: Call, target: Target) -> float:
