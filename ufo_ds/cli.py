@@ -18,6 +18,7 @@ VERBS = {
     "order": "sort a run's heads and channels by importance, so that leading slices keep what matters",
     "search": "find the subnets of an elastic model that are best for what they cost, within limits",
     "extract": "cut a task, or a smaller subnet of it, out of a run as a dense Hugging Face model",
+    "distill": "make a small network, of another kind if need be, that does what a model does",
     "latency": "measure how long subnets take on a device, as a profile that predicts it of any other",
     "index": "make an index of images, in which a model finds those most like another",
     "predict": "say what an image shows, which images are like it, or whether two show the same",

@@ -2,7 +2,7 @@
 
 ufo latency runs/mine --task person --out phone.json                           # up to 40 subnets of model.elastic
 ufo latency mine.yaml --task person --backend onnx --threads 4 --out phone.json
-ufo latency person-vit --batch_size 16                                         # one model that ufo extract wrote
+ufo latency person-vit --batch_size 16                                         # one model that ufo extract or distill wrote
 
 A run or recipe needs no checkpoint: weights are random. A call is from normalised pixels to the embedding; of an
 extracted model with a classifier, to its logits. On one thread of a CPU, times are the thread's own, without what other
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="ufo latency", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     choices = {name: get_args(Target.__annotations__[name]) for name in ("backend", "device", "dtype")}
-    parser.add_argument("model", help="a run directory or recipe with model.elastic, or an extracted model")
+    parser.add_argument("model", help="a run directory or recipe with model.elastic, or an extracted model or student")
     parser.add_argument("--task", help="whose subnets (not needed for an extracted model)")
     parser.add_argument("--backend", choices=choices["backend"], default="torch", help="default: torch, eager")
     parser.add_argument("--device", choices=choices["device"], default="cpu", help="default: cpu")
@@ -51,10 +51,10 @@ def main(argv: list[str] | None = None) -> None:
     count = _whole("--measurements", options.measurements, 2)
 
     from ufo_ds.subnets import timing  # these take seconds to import
-    from ufo_ds.subnets.dense_model import is_dense_model
+    from ufo_ds.subnets.task_model import is_model
 
     timing.check(target)
-    if is_dense_model(Path(options.model)):
+    if is_model(Path(options.model)):
         if options.out is not None:
             raise UserError(
                 f"--out {options.out}: a profile is of many subnets, {options.model} is one model: leave out"
@@ -88,11 +88,9 @@ def _of_model(path: Path, task: str | None, target: Target) -> dict[str, Any]:
     from transformers import AutoModel, AutoModelForImageClassification
 
     from ufo_ds.subnets import timing
-    from ufo_ds.subnets.dense_model import DenseModel
+    from ufo_ds.subnets.task_model import open_model
 
-    of_task = DenseModel.load(path).recipe.tasks[0]
-    if task not in (None, of_task.name):
-        raise UserError(f"--task {task}: {path} is a model of task {of_task.name}: leave --task out")
+    of_task = open_model(path, task).recipe.tasks[0]
     auto = AutoModelForImageClassification if of_task.head.type == "linear" else AutoModel
     model = auto.from_pretrained(path, use_safetensors=True, trust_remote_code=False, local_files_only=True)
     calls = timing.prepare([model], of_task.input, target)
