@@ -283,7 +283,9 @@ def _prepare(
             partial.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
         except OSError as error:
-            raise UserError(f"--out {options.out}: {error.strerror}: choose a directory that you can write to") from None
+            raise UserError(
+                f"--out {options.out}: {error.strerror}: choose a directory that you can write to"
+            ) from None
     accelerator.wait_for_everyone()
 
 
@@ -291,7 +293,10 @@ def _lines(result: dict[str, Any]) -> list[str]:
     """For people: student and teacher side by side."""
     names = ["parameters", "megabytes", *result["metrics"]]
     width = max(map(len, names))
-    rows = [f"{result['out']}: {result['student']} for {result['task']}", f"{'':<{width}}  {'student':>12}  {'teacher':>12}"]
+    rows = [
+        f"{result['out']}: {result['student']} for {result['task']}",
+        f"{'':<{width}}  {'student':>12}  {'teacher':>12}",
+    ]
     rows.append(f"{'parameters':<{width}}  {result['parameters']:>12,}  {result['teacher_parameters']:>12,}")
     rows.append(f"{'megabytes':<{width}}  {result['megabytes']:>12.2f}  {result['teacher_megabytes']:>12.2f}")
     for name, value in result["metrics"].items():

@@ -2,7 +2,7 @@
 
 ufo latency runs/mine --task person --out phone.json                           # up to 40 subnets of model.elastic
 ufo latency mine.yaml --task person --backend onnx --threads 4 --out phone.json
-ufo latency person-vit --batch_size 16                                         # one model that ufo extract or distill wrote
+ufo latency person-vit --batch_size 16         # one model, of ufo extract or distill
 
 A run or recipe needs no checkpoint: weights are random. A call is from normalised pixels to the embedding; of an
 extracted model with a classifier, to its logits. On one thread of a CPU, times are the thread's own, without what other

@@ -49,7 +49,9 @@ class TeacherCache:
             self.directory.mkdir(parents=True, exist_ok=True)
             write_text(self.directory / "about.json", text + "\n")
         except OSError as error:
-            raise UserError(f"--cache {directory}: {error.strerror}: choose a directory that you can write to") from None
+            raise UserError(
+                f"--cache {directory}: {error.strerror}: choose a directory that you can write to"
+            ) from None
 
     @property
     def done(self) -> int:

@@ -1,6 +1,7 @@
 """A student in training: with the head of its task, and what compares it with its teacher."""
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +28,7 @@ class Trainee(nn.Module):
         num_classes: of the labels.
     """
 
-    def __init__(
-        self, student: UfoStudentModel, task: Task, num_classes: int, teachers: Teachers, settings: Settings
-    ):
+    def __init__(self, student: UfoStudentModel, task: Task, num_classes: int, teachers: Teachers, settings: Settings):
         super().__init__()
         dim = student.config.embedding_size
         if student.classifier is not None:
@@ -68,12 +67,12 @@ class Trainee(nn.Module):
         """
         feature_BD = self.student.embed(pixels_BCHW).float()
         zero = 0 * feature_BD.sum()
-        found = {name: zero for name in LOSSES}
+        found = dict.fromkeys(LOSSES, zero)
         embedding_BD = self.head.neck(feature_BD)
         if self.settings.label_weight:
             known = labels_B >= 0
             of_labels_K = self.head(feature_BD[known], labels_B[known], len(labels_B))
-            found["label"] = of_labels_K.sum()  # type: ignore[union-attr]
+            found["label"] = of_labels_K.sum()
         projected_BD = self.to_teacher(embedding_BD)
         if self.settings.feature_weight:
             if self.settings.feature_loss == "mse":
@@ -124,7 +123,7 @@ def new_student(
     Raises:
         ValueError: it cannot take the task's images.
     """
-    values: dict[str, object] = {}
+    values: dict[str, Any] = {}
     if classes:
         values = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
         if task.loss.multi_label:

@@ -123,10 +123,10 @@ def _backbone(config: UfoStudentConfig) -> tuple[nn.Module, int]:
         # With finegrained_output the last layer would have 1280 channels at any width below 1.
         mobilenet = MobileNetV2Config(depth_multiplier=width, finegrained_output=False, tf_padding=False)
         network = MobileNetV2Model(mobilenet)
-        channels = network.conv_1x1.convolution.out_channels  # type: ignore[union-attr, assignment]
+        channels = network.conv_1x1.convolution.out_channels
     else:
         network = MobileNetV3(SMALL if name == "mobilenet_v3_small" else LARGE, width)
-        channels = network.features  # type: ignore[assignment]
+        channels = network.features
     _keep_positions(network, STRIDES.index(stride_of(input_hw)))
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -162,7 +162,7 @@ class UfoStudentModel(PreTrainedModel):
         super().__init__(config)
         self.backbone, channels = _backbone(config)
         self.projector = nn.Linear(channels, config.embedding_size)
-        self.classifier = nn.Linear(config.embedding_size, config.num_labels) if config.classify else None
+        self.classifier = nn.Linear(config.embedding_size, len(config.id2label or {})) if config.classify else None
         self.post_init()
 
     @torch.no_grad()
@@ -178,6 +178,9 @@ class UfoStudentModel(PreTrainedModel):
         elif isinstance(module, nn.BatchNorm2d):
             initialization.ones_(module.weight)
             initialization.zeros_(module.bias)
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            assert module.num_batches_tracked is not None
             initialization.zeros_(module.running_mean)
             initialization.ones_(module.running_var)
             initialization.zeros_(module.num_batches_tracked)

@@ -93,7 +93,8 @@ def is_model(path: Path) -> bool:
 
 
 def open_model(path: Path, task: str | None = None, device: str = "cpu") -> TaskModel:
-    """Open a model directory of ``ufo extract`` or ``ufo distill``, or a task of a run directory (its best checkpoint) or checkpoint.
+    """Open a model directory of ``ufo extract`` or ``ufo distill``, or a task of a run directory (its best checkpoint)
+    or checkpoint.
 
     Args:
         task: which of the run's tasks; may be left out where there is one.
