@@ -409,6 +409,8 @@ def test_latency_of_a_student(run, tmp_path, capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out)["images_per_second"] > 0
 
 
+WEIGHTS = ["--label_weight", "--logits_weight", "--feature_weight", "--relation_weight"]
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -426,7 +428,7 @@ def test_latency_of_a_student(run, tmp_path, capsys, monkeypatch):
         ({"--data": "NONE"}, "is no directory"),
         ({"--data": None}, "has no train set"),
         ({"--label_weight": "0", "--logits_weight": "0"}, "the classifier of digits learns from logits or labels"),
-        (dict.fromkeys(("--label_weight", "--logits_weight", "--feature_weight", "--relation_weight"), "0"), "nothing is left"),
+        (dict.fromkeys(WEIGHTS, "0"), "nothing is left"),
     ],
 )  # fmt: skip
 def test_wrong_input(run, tmp_path, capsys, change, message):
@@ -451,7 +453,7 @@ def test_inputs_that_a_student_cannot_take(tmp_path, capsys):
 
 
 def test_teachers_that_do_not_go_together(run, extracted, tmp_path, capsys):
-    with pytest.raises(UserError, match="teachers differ in task: digits of .*, glyphs of"):
+    with pytest.raises(UserError, match=r"teachers differ in task: digits of .*, glyphs of"):
         run_verb(capsys, extracted / "digits", extracted / "glyphs", *SHORT, "--out", tmp_path / "out")
     with pytest.raises(UserError, match="neither a model"):
         run_verb(capsys, tmp_path, *SHORT, "--out", tmp_path / "out")

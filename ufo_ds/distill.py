@@ -5,10 +5,10 @@ ufo distill person-vit another-person-vit --student resnet18 --width 0.25 --out 
 ufo distill person-vit --student vit_tiny --data photos --out person-tiny     # a folder of images without labels
 accelerate launch --num_processes 4 ufo_ds/distill.py runs/mine --task person --student resnet50 --out person-resnet
 
-The student is the size of its name at --width 1 and learns from the teacher's logits, features and distances between
-images and, where images have labels, from the recipe's losses; a weight of 0 turns one off. What the teacher says of the
-images is computed once and kept until the student is done, with --cache also for later ones. The result is for `ufo
-evaluate`, `predict`, `index` and `latency`. Started again after an interruption it goes on.
+The student is the size of its name at --width 1. It learns from the teacher's logits, features and distances between
+images and, where images have labels, from the recipe's losses; a weight of 0 turns one off. What the teacher says of
+the images is computed once and kept until the student is done, with --cache also for later ones. The result is for
+`ufo evaluate`, `predict`, `index` and `latency`. Started again after an interruption it goes on.
 """
 
 import argparse

@@ -145,9 +145,8 @@ def _keep_positions(network: nn.Module, halvings: int) -> None:
 @dataclass
 class UfoStudentOutput(ModelOutput):
     """``pooler_output`` [B, D] is the embedding, to be compared by cosine; ``logits`` [B, C] there are of a task with
-    classes; ``loss`` with labels."""
+    classes."""
 
-    loss: Tensor | None = None
     pooler_output: Tensor | None = None
     logits: Tensor | None = None
 
@@ -196,14 +195,11 @@ class UfoStudentModel(PreTrainedModel):
         return self.projector(feature_BF)
 
     @can_return_tuple
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> UfoStudentOutput:
-        """``pixel_values`` [B, 3, H, W] as the image processor gives them; ``labels`` int64 [B]."""
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> UfoStudentOutput:
+        """``pixel_values`` [B, 3, H, W] as the image processor gives them."""
         embedding_BD = self.embed(pixel_values.to(self.dtype))
-        if self.classifier is None:
-            return UfoStudentOutput(pooler_output=embedding_BD)
-        logits_BC = self.classifier(embedding_BD)
-        loss = None if labels is None else self.loss_function(labels, logits_BC, self.config)
-        return UfoStudentOutput(loss=loss, pooler_output=embedding_BD, logits=logits_BC)
+        logits_BC = None if self.classifier is None else self.classifier(embedding_BD)
+        return UfoStudentOutput(pooler_output=embedding_BD, logits=logits_BC)
 
 
 AutoConfig.register(UfoStudentConfig.model_type, UfoStudentConfig)
