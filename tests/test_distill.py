@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
 
+from tests import ranks
 from tests.small_run import encode, make_images, make_model, make_recipe, write_checkpoint
 from ufo_ds import distill, latency, recipe_file
 from ufo_ds.data.augmentation import augmented
@@ -23,6 +24,7 @@ from ufo_ds.distillation import losses, writing
 from ufo_ds.distillation.cache import cache_of
 from ufo_ds.distillation.corrupt import Corrupt
 from ufo_ds.distillation.teachers import Teachers, combined, open_teachers
+from ufo_ds.distillation.trainee import new_student
 from ufo_ds.errors import UserError
 from ufo_ds.seeding import numpy_generator
 from ufo_ds.subnets.task_model import open_model
@@ -389,6 +391,25 @@ def test_after_a_kill_it_goes_on_to_the_same_bits(run, tmp_path, capsys, monkeyp
     steps.clear()
     run_verb(capsys, *arguments, "--lr", "0.1", "--out", tmp_path / "other")
     assert min(steps) == 0
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_two_processes_are_one(run, tmp_path, capsys, precision):
+    """Of a student without batch norm and losses that are of single samples; of others each has statistics of its
+    own."""
+    folder = make_folder(tmp_path / "images", 16)
+    arguments = ["--task", "digits", "--student", "vit_tiny", "--width", "0.1", "--relation_weight", "0", "--views", "2",
+                 "--steps", "6", "--batch_size", "8", "--lr", "0.0005", "--mixed_precision", precision]  # fmt: skip
+    for count, out in ((1, tmp_path / "one"), (2, tmp_path / "two")):
+        words = [run, *arguments, "--data", folder, "--out", out, "--device", "cpu", "--json"]
+        ranks.run(count, distill.main, [str(word) for word in words])
+        assert not out.with_name(f"{out.name}.partial").exists()
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    start = new_student("vit_tiny", 0.1, open_model(run, "digits").recipe.tasks[0], ["zero", "one", "two"], 16, 0)
+    moved = {name: (value - start.state_dict()[name]).abs().max().item() for name, value in one.items()}
+    apart = {name: (value - other[name]).abs().max().item() for name, value in one.items()}
+    assert max(moved.values()) > 1e-3
+    assert max(apart.values()) < (1e-5 if precision == "no" else 1e-3)
 
 
 def test_labels_alone_are_the_baseline(run, tmp_path, capsys):

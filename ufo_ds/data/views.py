@@ -177,6 +177,15 @@ class Steps(Dataset[ViewBatch]):
     """The part of every step that one of several processes has."""
 
     def __init__(self, views: Views, drawn: Drawn, process: int, processes: int):
+        """
+        Raises:
+            UserError: the samples of a step cannot be divided.
+        """
+        if drawn.batch_size % processes:
+            raise UserError(
+                f"--batch_size: a step of {drawn.batch_size} images cannot be divided by {processes} processes: give "
+                "another"
+            )
         self.views, self.drawn = views, drawn
         each = drawn.batch_size // processes
         self.positions = range(process * each, (process + 1) * each)
