@@ -63,11 +63,10 @@ def student(options: argparse.Namespace, seed: int, task: str, arm: str) -> dict
     kept = out.with_suffix(".json")
     if not kept.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
-        short = ["--views", "1", "--data", str(os.environ["OPEN_SMALL"]) + "/faces_orl/train"] if options.quick else []
         text = ufo(
             "distill", str(place(options.runs, "learned routes", seed)), "--task", task, "--out", str(out),
             "--student", options.student, "--width", options.width, "--steps", options.steps, "--seed", str(seed),
-            "--device", "cpu", "--json", "--cache", str(options.out_runs / "cache"), *ARMS[arm], *short,
+            "--device", "cpu", "--json", "--cache", str(options.out_runs / "cache"), *ARMS[arm],
         )  # fmt: skip
         kept.write_text(text)
         print(f"{out.name}: {main_metric(json.loads(text), task):.3f}", flush=True)
@@ -99,9 +98,7 @@ def latencies(options: argparse.Namespace, task: str) -> dict[str, float]:
 
 
 def figures_of(task: str, results: dict, ms: dict[str, float], seeds: int) -> dict:
-    of_arm = {
-        arm: [main_metric(results[seed, task, arm], task) for seed in range(seeds)] for arm in ARMS
-    }  # fmt: skip
+    of_arm = {arm: [main_metric(results[seed, task, arm], task) for seed in range(seeds)] for arm in ARMS}
     first = results[0, task, "distilled"]
     return {
         "kind": KINDS[task], "metric": METRICS[task], **of_arm,

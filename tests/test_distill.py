@@ -1,5 +1,6 @@
 """Distillation: losses by hand and by slow loops, what is kept of a teacher, and the verb from end to end."""
 
+import dataclasses
 import io
 import json
 import math
@@ -23,9 +24,12 @@ from ufo_ds.data.views import Drawn, Views
 from ufo_ds.distillation import losses, writing
 from ufo_ds.distillation.cache import cache_of
 from ufo_ds.distillation.corrupt import Corrupt
-from ufo_ds.distillation.teachers import Teachers, combined, open_teachers
-from ufo_ds.distillation.trainee import new_student
+from ufo_ds.distillation.settings import Settings
+from ufo_ds.distillation.teachers import Taught, Teachers, combined, open_teachers
+from ufo_ds.distillation.trainee import Trainee, new_student
 from ufo_ds.errors import UserError
+from ufo_ds.losses import cosface
+from ufo_ds.recipe_task import Head
 from ufo_ds.seeding import numpy_generator
 from ufo_ds.subnets.task_model import open_model
 
@@ -306,6 +310,69 @@ def test_another_teacher_or_image_or_augmentation_is_kept_elsewhere(run, other_r
     assert len(places) == 4
 
 
+# --- trainee ----------------------------------------------------------------------------------------------------------
+
+PLAIN = Settings(
+    logits_weight=1.0, feature_weight=1.0, relation_weight=1.0, label_weight=1.0, temperature=2.0,
+    feature_loss="cosine", steps=1, batch_size=8, views=1, lr=0.1, seed=0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("neck", [True, False])
+@pytest.mark.parametrize("task", ["digits", "glyphs"])
+def test_a_finished_student_says_what_the_trainee_does(run, task, neck):
+    """Its neck, whose statistics and scale are not those of the start, is folded in."""
+    teachers = open_teachers([run], task, "cpu")
+    of_task = dataclasses.replace(
+        teachers.recipe.tasks[0], head=Head(type=teachers.recipe.tasks[0].head.type, neck=neck)
+    )
+    student = new_student("resnet18", 0.05, of_task, teachers.classes, 16, 0)
+    trainee = Trainee(student, of_task, 3, teachers, PLAIN)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(8, 3, *of_task.input, generator=generator)
+    with torch.no_grad():
+        for parameter in trainee.head.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+        for _ in range(3):
+            trainee.train().head.neck(student.embed(pixels))
+        trainee.eval()
+        embedding = trainee.head.neck(student.embed(pixels))
+        found = trainee.finished()(pixels)
+        assert torch.allclose(found.pooler_output, embedding, rtol=1e-4, atol=1e-5)
+        assert (found.logits is None) == (task == "glyphs")
+        if task == "digits":
+            assert torch.allclose(found.logits, trainee.head.classifier(embedding), rtol=1e-4, atol=1e-5)
+
+
+def test_losses_of_a_trainee_are_those_of_its_outputs(run, other_run):
+    """Two teachers of a task that compares: through a projector, and by the cosines to both classifiers."""
+    teachers = Teachers([open_model(path, "glyphs") for path in (run, other_run)])
+    (task,) = teachers.recipe.tasks
+    trainee = Trainee(new_student("resnet18", 0.05, task, [], 16, 0), task, 4, teachers, PLAIN).eval()
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(6, 3, *task.input, generator=generator)
+    features = torch.randn(6, 32, generator=generator)
+    unit = teachers.unit(features)
+    labels = torch.tensor([0, 3, -1, 1, 1, -1])
+    with torch.no_grad():
+        found = trainee(pixels, labels, Taught(features, features[:, :0]), unit)
+        embedding = trainee.head.neck(trainee.student.embed(pixels))
+        projected = trainee.to_teacher(embedding)
+        halves = torch.cat([F.normalize(half) for half in projected.split(16, 1)], 1) / math.sqrt(2)
+        scale = task.loss.cosface.scale
+        logits = [scale * x @ teachers.classifier.T for x in (halves, unit)]
+        known = labels >= 0
+        cosines = F.normalize(embedding[known]) @ F.normalize(trainee.head.classifier.weight).T
+        of_labels = cosface(cosines, labels[known], scale, task.loss.cosface.margin)
+        wanted = [
+            losses.symmetric_divergence(*logits, 2.0).mean(),
+            losses.cosine(projected, unit).mean(),
+            losses.relational_distance(embedding, unit).mean(),
+            of_labels.sum() / 6,
+        ]
+    assert torch.allclose(found, torch.stack(wanted), rtol=1e-4)
+
+
 # --- the verb ---------------------------------------------------------------------------------------------------------
 
 SHORT = ["--student", "resnet18", "--width", "0.05", "--steps", "12", "--batch_size", "8", "--views", "2"]
@@ -398,8 +465,8 @@ def test_two_processes_are_one(run, tmp_path, capsys, precision):
     """Of a student without batch norm and losses that are of single samples; of others each has statistics of its
     own."""
     folder = make_folder(tmp_path / "images", 16)
-    arguments = ["--task", "digits", "--student", "vit_tiny", "--width", "0.1", "--relation_weight", "0", "--views", "2",
-                 "--steps", "6", "--batch_size", "8", "--lr", "0.0005", "--mixed_precision", precision]  # fmt: skip
+    arguments = ["--task", "digits", "--student", "vit_tiny", "--width", "0.1", "--relation_weight", "0"]
+    arguments += ["--views", "2", "--steps", "6", "--batch_size", "8", "--lr", "0.0005", "--mixed_precision", precision]
     for count, out in ((1, tmp_path / "one"), (2, tmp_path / "two")):
         words = [run, *arguments, "--data", folder, "--out", out, "--device", "cpu", "--json"]
         ranks.run(count, distill.main, [str(word) for word in words])
