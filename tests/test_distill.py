@@ -286,6 +286,7 @@ def test_an_interrupted_cache_goes_on_to_the_same_bits(run, tmp_path):
     wanted = (whole.directory / "features.f32").read_bytes()
     cut = cache_of(tmp_path / "cut", teachers, sources, views)
     assert cut.directory.name == whole.directory.name
+    cut.directory.mkdir(parents=True)
     (cut.directory / "features.f32").write_bytes(wanted[: 150 * 16 * 4 + 3])
     (cut.directory / "logits.f32").write_bytes((whole.directory / "logits.f32").read_bytes()[: 140 * 3 * 4 + 1])
     assert cut.done == 140

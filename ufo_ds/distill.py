@@ -34,8 +34,8 @@ if TYPE_CHECKING:  # these take seconds to import
 
 VIEWS = 32768  # of all images, by default at least
 DEFAULTS = {  # of margin and linear heads
-    "margin": {"logits_weight": 1.0, "feature_weight": 2.0, "relation_weight": 2.0, "label_weight": 1.0},
-    "linear": {"logits_weight": 1.0, "feature_weight": 2.0, "relation_weight": 2.0, "label_weight": 1.0},
+    "margin": {"logits_weight": 1.0, "feature_weight": 10.0, "relation_weight": 20.0, "label_weight": 1.0},
+    "linear": {"logits_weight": 1.0, "feature_weight": 10.0, "relation_weight": 20.0, "label_weight": 1.0},
 }
 
 

@@ -40,18 +40,11 @@ class TeacherCache:
     """
 
     def __init__(self, directory: Path, about: dict[str, Any], rows: int, widths: tuple[int, int]):
-        text = json.dumps(about, sort_keys=True, indent=1)
-        self.directory = directory / hashlib.sha256(text.encode()).hexdigest()[:16]
+        self._about = json.dumps(about, sort_keys=True, indent=1)
+        self.directory = directory / hashlib.sha256(self._about.encode()).hexdigest()[:16]
         self.rows = rows
         self._files = {"features.f32": widths[0]} | ({"logits.f32": widths[1]} if widths[1] else {})
         self._maps: dict[str, np.ndarray] = {}
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            write_text(self.directory / "about.json", text + "\n")
-        except OSError as error:
-            raise UserError(
-                f"--cache {directory}: {error.strerror}: choose a directory that you can write to"
-            ) from None
 
     @property
     def done(self) -> int:
@@ -63,7 +56,7 @@ class TeacherCache:
         return min(sizes)
 
     def fill(self, teachers: Teachers, views: Views, workers: int, corrupt: Corrupt) -> None:
-        """Compute the rows that are not there.
+        """Compute the rows that are not there; in one process alone.
 
         Raises:
             UserError: no room, no image can be read, or too many cannot.
@@ -77,6 +70,8 @@ class TeacherCache:
             generator=torch.Generator(),
         )  # fmt: skip
         try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_text(self.directory / "about.json", self._about + "\n")
             with Progress(batches, done=begin, unit="batches", name="what the teacher says") as progress:
                 for name, width in self._files.items():
                     path = self.directory / name
@@ -92,7 +87,9 @@ class TeacherCache:
                 for file in files:
                     file.close()
         except OSError as error:
-            raise UserError(f"--cache {self.directory}: {error.strerror}: choose one with room") from None
+            raise UserError(
+                f"--cache {self.directory}: {error.strerror}: choose one with room that you can write to"
+            ) from None
 
     def read(self, numbers: np.ndarray) -> Taught:
         """Rows of views."""
