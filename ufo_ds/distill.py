@@ -33,17 +33,14 @@ if TYPE_CHECKING:  # these take seconds to import
     from ufo_ds.recipe import Recipe
 
 VIEWS = 32768  # of all images, by default at least
-DEFAULTS = {  # of margin and linear heads
-    "margin": {"logits_weight": 1.0, "feature_weight": 10.0, "relation_weight": 20.0, "label_weight": 1.0},
-    "linear": {"logits_weight": 1.0, "feature_weight": 10.0, "relation_weight": 20.0, "label_weight": 1.0},
-}
+DEFAULTS = {"logits_weight": 1.0, "feature_weight": 10.0, "relation_weight": 20.0, "label_weight": 1.0}
 
 
 def main(argv: list[str] | None = None) -> None:
     options = _parser().parse_args(argv)
-    for name in ("logits_weight", "feature_weight", "relation_weight", "label_weight"):
+    for name in DEFAULTS:
         value = getattr(options, name)
-        if value is not None and not 0 <= value < math.inf:
+        if not 0 <= value < math.inf:
             raise UserError(f"--{name} {value:g}: give 0 or more")
     for name in ("width", "temperature", "lr", "epochs"):
         value = getattr(options, name)
@@ -116,11 +113,10 @@ def _parser() -> argparse.ArgumentParser:
         ("logits", "symmetric divergence of the logits"), ("feature", "distance to the teacher's embedding"),
         ("relation", "distances between images (RKD-D)"), ("label", "the recipe's losses of labels"),
     ):  # fmt: skip
-        by_head = {of_head[f"{name}_weight"] for of_head in DEFAULTS.values()}
-        default = f"{by_head.pop():g}" if len(by_head) == 1 else ", ".join(
-            f"{of_head[f'{name}_weight']:g} of a {head} head" for head, of_head in DEFAULTS.items()
-        )  # fmt: skip
-        parser.add_argument(f"--{name}_weight", type=float, metavar="W", help=f"of {what} (default: {default})")
+        key = f"{name}_weight"
+        parser.add_argument(
+            f"--{key}", type=float, default=DEFAULTS[key], metavar="W", help=f"of {what} (default: {DEFAULTS[key]:g})"
+        )
     parser.add_argument("--feature_loss", choices=["cosine", "mse"], default="cosine")
     parser.add_argument("--temperature", type=float, default=2.0, help="logits are divided by it (default: 2)")
     parser.add_argument("--steps", type=int, help="of the training (default: 2000)")
@@ -228,10 +224,7 @@ def _settings(options: argparse.Namespace, recipe: "Recipe", images: int) -> "Se
     samples = images * (4 if task.quarter_turns else 1)
     epochs = options.epochs
     steps = max(1, round(epochs * samples / options.batch_size)) if epochs else options.steps or 2000
-    weights = {
-        name: value if getattr(options, name) is None else getattr(options, name)
-        for name, value in DEFAULTS[task.head.type].items()
-    }
+    weights = {name: getattr(options, name) for name in DEFAULTS}
     most = min(VIEWS, steps * options.batch_size)  # more would not be used
     return Settings(
         **weights, temperature=options.temperature, feature_loss=options.feature_loss, steps=steps,
