@@ -11,6 +11,16 @@ fail() {
 # shellcheck source=slurm/site.sh
 source "${UFO_SITE:-$UFO_HOME/slurm/site.sh}"
 
+# patiently COMMAND...: again where it fails. A controller that has much to do drops a connection now and then.
+patiently() {
+    local _
+    for _ in {1..5}; do
+        "$@" && return
+        sleep 10
+    done
+    fail "$*: refused five times, see above"
+}
+
 # mine ITEM...: into ${items[@]}, the one of this task of an array, or all where the job is none
 mine() {
     items=("$@")
@@ -44,10 +54,13 @@ option() {
     echo "$value"
 }
 
-# What is trained, how it is spread and where: by train.py's arguments, or else the environment.
+# What is trained, how it is spread and where: ${arguments[@]}, those of train.py with what they leave to the environment,
+# and the run's directory.
 training() {
+    local recipe name
     recipe=$(option --recipe "${UFO_RECIPE:-demo}" "$@")
-    deepspeed=$(option --deepspeed "${UFO_DEEPSPEED:-$UFO_HOME/ds_configs/moe.json}" "$@")
-    local name=${recipe##*/}
-    run_dir=$(option --run_dir "${UFO_RUN_DIR:-runs/${name%.yaml}}" "$@")
+    name=${recipe##*/}
+    run_dir=$(option --run_dir "${UFO_RUN_DIR:-runs/${name%.y*ml}}" "$@")
+    arguments=("$@" --recipe "$recipe" --run_dir "$run_dir")
+    [[ " $*" == *" --deepspeed"* ]] || arguments+=(--deepspeed "${UFO_DEEPSPEED:-$UFO_HOME/ds_configs/moe.json}")
 }

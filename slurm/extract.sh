@@ -21,6 +21,9 @@ split "$@"
 run=${arguments[0]}
 mine "${arguments[@]:1}"
 for task in "${items[@]}"; do
+    if ((${SLURM_RESTART_COUNT:-0} > 0)) && [[ -e $run/extracted/$task ]]; then
+        continue # done before this job was in the queue again
+    fi
     ${container[@]+"${container[@]}"} ufo extract "$run" --task "$task" --out "$run/extracted/$task" \
         ${options[@]+"${options[@]}"}
 done

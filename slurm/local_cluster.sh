@@ -59,6 +59,7 @@ TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 MpiDefault=none
+GresTypes=gpu
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
@@ -74,10 +75,12 @@ SlurmctldPidFile=$directory/slurmctld.pid
 SlurmdPidFile=$directory/slurmd-%n.pid
 SlurmctldLogFile=$directory/slurmctld.log
 SlurmdLogFile=$directory/slurmd-%n.log
-NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=16 RealMemory=64000 State=UNKNOWN
-NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=16 RealMemory=64000 State=UNKNOWN
+NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=16 Gres=gpu:2 RealMemory=64000 State=UNKNOWN
+NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=16 Gres=gpu:2 RealMemory=64000 State=UNKNOWN
 PartitionName=virtual Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 END
+    # GPUs by name alone, for what jobs ask for: any two devices will do.
+    printf 'NodeName=n[1-2] Name=gpu File=%s\n' /dev/null /dev/zero > "$directory/gres.conf"
 }
 
 # Of a daemon's pid file: the process it names, where that one runs and is this program.

@@ -36,7 +36,7 @@ warn() {
     wait "$search" || true
     (($(evaluated) > before)) || fail "warned before one subnet was evaluated: give the job more time"
     echo "job $SLURM_JOB_ID: $(evaluated) subnets evaluated so far, in the queue again"
-    scontrol requeue "$SLURM_JOB_ID"
+    patiently scontrol requeue "$SLURM_JOB_ID"
     exit 0
 }
 for task in "${items[@]}"; do

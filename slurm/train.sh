@@ -2,7 +2,7 @@
 # Train a recipe on any number of nodes, through preemptions, time limits and nodes that fail.
 #
 #   sbatch slurm/train.sh --recipe mine.yaml --run_dir runs/mine
-#   sbatch --nodes=4 --gpus-per-node=8 --time=24:00:00 slurm/train.sh --recipe mine.yaml
+#   sbatch --nodes=4 --gpus-per-node=8 --cpus-per-gpu=8 --time=24:00:00 slurm/train.sh --recipe mine.yaml
 #   sbatch --nodes=1-4 ...                 # goes on with as many of these nodes as there are
 #   sbatch --nodes=2 --ntasks-per-node=2 ...     # without GPUs; with them there is a task for each
 #
@@ -21,6 +21,7 @@ home=${UFO_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 # shellcheck source=slurm/begin.sh
 source "$home/slurm/begin.sh" || { echo "error: no slurm/begin.sh in $home: submit from the repository, or set UFO_HOME" >&2; exit 2; }
 
+[[ -n ${SLURM_JOB_ID:-} ]] || fail "not started by Slurm: sbatch $0 $*"
 training "$@"
 warned=0 step=
 warn() {
@@ -57,10 +58,16 @@ fi
 
 # Where the ranks meet: rank 0 is on the first node, at the address that Slurm itself uses.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_ADDR=$(scontrol show node "$first" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+MASTER_ADDR=$(patiently scontrol show node "$first" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
 MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) # below the ports that systems hand out
 export MASTER_ADDR MASTER_PORT
-tasks=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+
+tasks=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}} # of a node
+ranks=$((SLURM_JOB_NUM_NODES * tasks))
+((${SLURM_NTASKS:-$ranks} == ranks)) ||
+    fail "--ntasks=$SLURM_NTASKS on $SLURM_JOB_NUM_NODES nodes: say how many on each, as --ntasks-per-node=N"
+((SLURM_CPUS_ON_NODE >= tasks)) ||
+    fail "CPUs of a node: $SLURM_CPUS_ON_NODE, for $tasks ranks: add --cpus-per-gpu=N to sbatch's options"
 threads=${SLURM_CPUS_PER_TASK:-}
 [[ -z $threads ]] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} SRUN_CPUS_PER_TASK=$threads
 
@@ -81,19 +88,28 @@ pass_on() {
     done &
 }
 
-srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * tasks))" --ntasks-per-node="$tasks" \
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$ranks" --ntasks-per-node="$tasks" \
     --kill-on-bad-exit=1 \
     bash -c "$rank" rank "$status_of_first" "$warning_signal" \
-    ${container[@]+"${container[@]}"} python "$UFO_HOME/ufo_ds/train.py" "$@" \
-    --recipe "$recipe" --deepspeed "$deepspeed" --run_dir "$run_dir" --warning_signal "$warning_signal" &
+    ${container[@]+"${container[@]}"} python "$UFO_HOME/ufo_ds/train.py" "${arguments[@]}" \
+    --warning_signal "$warning_signal" &
 step=$!
 ((warned == 0)) || pass_on
+# Of a node that died and was soon back srun never hears that its ranks are gone.
+(
+    while [[ ! -s $status_of_first ]]; do sleep 5; done
+    for _ in {1..18}; do sleep 5; done
+    echo "srun waits for ranks that are gone: ended, 90 s after the first rank has left"
+    kill -KILL "$step"
+) &
+watch=$!
 status=0
-wait "$step" || status=$?
+wait "$step" 2> /dev/null || status=$?
 while kill -0 "$step" 2> /dev/null; do # the wait was over because the signal came
     status=0
-    wait "$step" || status=$?
+    wait "$step" 2> /dev/null || status=$?
 done
+kill "$watch" 2> /dev/null || true
 [[ ! -s $status_of_first ]] || status=$(cat "$status_of_first")
 
 case $status in
@@ -113,4 +129,4 @@ case $status in
         echo "job $SLURM_JOB_ID: $reason, in the queue again; the last checkpoint is of step $(saved)"
         ;;
 esac
-scontrol requeue "$SLURM_JOB_ID"
+patiently scontrol requeue "$SLURM_JOB_ID"

@@ -14,6 +14,7 @@ from ufo_ds import checkpoint
 from ufo_ds.checkpoint import Damaged, Index, Parameter, Reader
 from ufo_ds.errors import UserError
 from ufo_ds.model.architecture import Architecture
+from ufo_ds.model.dense import path_names
 from ufo_ds.model.loading import load_supernet, spec_of
 from ufo_ds.model.spec import SubnetSpec
 
@@ -75,7 +76,12 @@ def test_any_range_of_a_parameter_can_be_read(model, reader):
 
 def test_a_supernet_of_one_task_is_that_part_of_the_whole(model, reader):
     for task in CLASSES:
-        alone = load_supernet(reader, [spec_of(reader, task)])
+        spec = spec_of(reader, task)
+        alone = load_supernet(reader, [spec])
+        units = [f"{unit}." for unit, _ in path_names(spec)]
+        backbone = [name for name, _ in alone.named_parameters() if not name.startswith("heads.")]
+        assert all(name.startswith(tuple(units)) for name in backbone)  # and nothing that is not on its path
+        assert all(any(name.startswith(unit) for name in backbone) for unit in units)
         wanted = outputs_of(model, task, make_images())
         found = outputs_of(alone, task, make_images())
         assert relative(found.embedding, wanted.embedding) < 1e-6

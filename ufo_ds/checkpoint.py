@@ -52,6 +52,9 @@ class Index:
     guard: dict[str, Any] = field(default_factory=dict)  # what steps were like, and which were left out
     licences: dict[str, list[str]] = field(default_factory=dict)  # per task, of the images it was trained on
     started_from: str = ""  # the checkpoint of another run, whose licences are then among these
+    # Per task that `ufo extend` added: how it was trained, and under "behind" the tasks whose images its start saw.
+    added: dict[str, dict[str, Any]] = field(default_factory=dict)
+    removed: list[str] = field(default_factory=list)  # tasks that `ufo remove` took out
     metrics: dict[str, float] = field(default_factory=dict)
     specs: dict[str, Any] = field(default_factory=dict)  # per task, of its path where that is less than the whole
     files: list[dict[str, Any]] = field(default_factory=list)  # name, bytes, sha256
@@ -179,7 +182,18 @@ class Reader:
 
     def stored_buffer(self, key: str) -> Tensor:
         """A buffer as training goes on with it; ``average_of(name)`` is the key of its average."""
-        return self._slice(self.index.buffers[key], key, 0, 2**62)
+        return self.stored(self.index.buffers[key], key)
+
+    def contents(self, file: int) -> tuple[dict[str, torch.Size], dict[str, str]]:
+        """Shapes of all that a file holds, by key, and the checksums of what has one."""
+        if file not in self._files:
+            self._files[file] = _File(self.directory / self.index.files[file]["name"])
+        found = self._files[file]
+        return {key: shape for key, (shape, _) in found.tensors.items()}, found.checksums
+
+    def stored(self, file: int, key: str) -> Tensor:
+        """A tensor as a file holds it."""
+        return self._slice(file, key, 0, 2**62)
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Compare checksums of every ``parts``-th file.
@@ -256,7 +270,7 @@ def publish(unfinished: Path, index: Index, files: Iterable[dict[str, Any]]) -> 
     if final.exists():
         shutil.rmtree(final)
     os.replace(unfinished, final)
-    _sync_directory(final.parent)
+    sync_directory(final.parent)
     return final
 
 
@@ -275,7 +289,7 @@ def write_index(directory: Path, index: Index, files: Iterable[dict[str, Any]]) 
     values = json.loads(json.dumps({**asdict(index), "sha256": ""}))  # as it will be read
     values["sha256"] = hashlib.sha256(json.dumps(values).encode()).hexdigest()
     write_text(directory / INDEX, json.dumps(values))
-    _sync_directory(directory)
+    sync_directory(directory)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -341,7 +355,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Have on disk which files a directory holds."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

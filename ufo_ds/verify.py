@@ -5,7 +5,10 @@ import sys
 
 from ufo_ds.errors import UserError, run
 
-VERBS = {"resume": "a checkpoint goes on at any other topology"}
+VERBS = {
+    "resume": "a checkpoint goes on at any other topology",
+    "untouched": "adding or removing a task left all others the same to the bit",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -13,7 +16,7 @@ def main(argv: list[str] | None = None) -> None:
     verb = words[0] if words else "--help"
     if verb in ("-h", "--help"):
         print("usage: ufo verify PROOF ...   (ufo verify PROOF --help)\n")
-        print("\n".join(f"  {name}  {text}" for name, text in VERBS.items()))
+        print("\n".join(f"  {name:<9}  {text}" for name, text in VERBS.items()))
         return
     if verb not in VERBS:
         raise UserError(f"ufo verify {verb!r}: use one of {', '.join(VERBS)}")

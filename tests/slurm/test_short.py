@@ -13,9 +13,13 @@ SHORT = ["--schedule.steps", str(STEPS), "--checkpoint.every", "6", "--evaluatio
          "null"]  # fmt: skip
 
 
+def is_recorded(metrics, step):
+    return metrics.exists() and f'"step": {step}, "kind": "train"' in metrics.read_text()
+
+
 def warn(cluster, job, metrics, step, name="USR1"):
     """As Slurm does by itself with --signal=B:USR1@180, once a step is recorded."""
-    cluster.wait_for(lambda: metrics.exists() and f'"step": {step}, "kind": "train"' in metrics.read_text(), job)
+    cluster.wait_for(lambda: is_recorded(metrics, step), job)
     cluster.call("scancel", "--batch", f"--signal={name}", job)
 
 
@@ -34,6 +38,32 @@ def test_a_wrong_recipe_fails_at_once(cluster, recipe):
     assert found.returncode == 2
     assert "unknown key optimizer.rate" in found.stderr
     assert cluster.call("squeue", "--states=all", "--noheader").stdout == before
+
+
+def test_what_a_training_needs_of_slurm(cluster, recipe):
+    """One line says so: no job at all, GPUs whose ranks have no CPUs, tasks that are on no node in particular."""
+    found = cluster.call("bash", cluster.home / "slurm" / "train.sh", "--seed", "1", check=False)
+    assert found.returncode == 2
+    assert found.stderr == f"error: not started by Slurm: sbatch {cluster.home}/slurm/train.sh --seed 1\n"
+    wrong = {
+        ("--gpus-per-node=2",): "CPUs of a node: 1, for 2 ranks: add --cpus-per-gpu=N to sbatch's options",
+        ("--nodes=2", "--ntasks=4"): "--ntasks=4 on 2 nodes: say how many on each, as --ntasks-per-node=N",
+    }
+    for options, line in wrong.items():
+        job = cluster.submit("train.sh", "--recipe", recipe, "--run_dir", "no run", options=options)
+        assert cluster.end(job, 120) == "FAILED"
+        assert cluster.shown(job, "ExitCode") == ["2:0"]
+        assert cluster.output(job) == f"error: {line}\n"
+    assert not (cluster.place / "no run").exists()
+
+
+def test_a_rank_for_each_gpu(cluster, recipe):
+    """Of a recipe and in a directory that the environment names. (The GPUs are none: the ranks compute on CPUs.)"""
+    named = {"UFO_RECIPE": str(recipe), "UFO_RUN_DIR": "run on GPUs"}
+    options = ("--gpus-per-node=2", "--cpus-per-gpu=1")
+    job = cluster.submit("train.sh", *SHORT, "--schedule.steps", "2", options=options, **named)
+    assert cluster.end(job) == "COMPLETED", cluster.output(job)
+    assert json.loads((cluster.place / "run on GPUs" / "starts.jsonl").read_text())["ranks"] == 2
 
 
 def test_restarts_without_progress_are_limited(cluster, recipe):

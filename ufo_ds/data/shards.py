@@ -12,6 +12,8 @@ the form of WebDataset too, and shards that lie elsewhere: ``ufo_ds.data.shard_s
 """
 
 import contextlib
+import copy
+import dataclasses
 import os
 import sys
 import time
@@ -121,6 +123,25 @@ class ShardSet:
     def shard_sizes(self) -> list[int]:
         """Samples of each shard, in the order of the samples."""
         return [entry.samples for entry in self.manifest.shards]
+
+    def subset(self, chosen: np.ndarray, classes: np.ndarray | None = None) -> "ShardSet":
+        """The images at these positions, without pairs and templates.
+
+        Args:
+            classes: labels that are kept, ascending, all those of the images among them; default: all.
+        """
+        kept = np.arange(len(self.classes)) if classes is None else classes
+        found = copy.copy(self)
+        found.labels = np.searchsorted(kept, self.labels[chosen])
+        found.classes = [self.classes[label] for label in kept]
+        found.camera_ids, found.pairs, found.templates = self.camera_ids[chosen], None, None
+        found._shard, found._offset, found._length = self._shard[chosen], self._offset[chosen], self._length[chosen]
+        counts = np.bincount(found._shard, minlength=len(self.tars)).tolist()
+        shards = [
+            dataclasses.replace(entry, samples=count) for entry, count in zip(self.manifest.shards, counts, strict=True)
+        ]
+        found.manifest = dataclasses.replace(self.manifest, shards=shards, samples=len(chosen))
+        return found
 
     def read(self, index: int) -> bytes:
         """The bytes of an image as they were in its original file.

@@ -82,6 +82,11 @@ class TrainSource:
         """Number of images."""
         return len(self.labels)
 
+    @property
+    def head_classes(self) -> list[str]:
+        """Names behind the head's rows; those beyond the data's classes are numbered."""
+        return [*self.classes, *(f"unused {i}" for i in range(len(self.classes), self.num_classes))]
+
     def name_of(self, label: int) -> str:
         """Of a label as :meth:`load` gives it: the class, or of a multi-label task its attributes joined."""
         if not self.task.loss.multi_label:

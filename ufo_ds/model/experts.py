@@ -61,6 +61,16 @@ class RoutedUnit(nn.Module):
         self.routes = dict(routes)
         self.shared_samples = shared_samples
 
+    def drop_unused(self) -> None:
+        """Let go of the copies that no route takes, which evaluation does without; routes must have been decided."""
+        if self.own is not None:
+            for task in [task for task in self.own if self.routes[task] != OWN]:
+                del self.own[task]
+            if not self.own:
+                self.own = None
+        if SHARED not in self.routes.values():
+            del self.shared
+
     def forward(self, x_ND: Tensor, segments: Sequence[Segment], choices: Mapping[str, Choice] | None = None) -> Tensor:
         """``choices`` has every task of the segments whose route here is learned."""
         kinds = set(self.routes.values())

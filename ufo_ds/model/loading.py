@@ -8,6 +8,7 @@ import torch
 from ufo_ds.checkpoint import INDEX, Reader
 from ufo_ds.errors import UserError
 from ufo_ds.model.architecture import Architecture, SearchSpace
+from ufo_ds.model.experts import RoutedUnit
 from ufo_ds.model.router import Place
 from ufo_ds.model.spec import UNITS, SubnetSpec, routes_of
 from ufo_ds.model.supernet import Supernet
@@ -16,8 +17,8 @@ from ufo_ds.recipe_model import number_of_routes
 
 
 def load_supernet(reader: Reader, specs: list[SubnetSpec], device: torch.device | str = "cpu") -> Supernet:
-    """The part of a checkpoint's supernet that some tasks need, on the given paths, in evaluation mode. The statistics
-    of necks are those in the checkpoint.
+    """What some tasks need of a checkpoint's supernet, on the given paths, in evaluation mode: copies and blocks
+    that none of them takes are neither built nor read. The statistics of necks are those in the checkpoint.
 
     Raises:
         UserError: a task that the checkpoint lacks.
@@ -29,15 +30,16 @@ def load_supernet(reader: Reader, specs: list[SubnetSpec], device: torch.device 
         recipe = _with_routes(recipe, spec)
     with torch.device("meta"):
         model = Supernet(recipe, {task: len(reader.index.classes[task]) for task in tasks})
+    del model.blocks[max(spec.architecture.depth for spec in specs) :]
+    for module in list(model.modules()):
+        if isinstance(module, RoutedUnit):
+            module.drop_unused()
     model.architectures = {spec.task: spec.architecture for spec in specs}
     model.to_empty(device=device)
     model.fill_constants()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if reader.index.specs and name not in reader.index.parameters:
-                parameter.zero_()  # several tasks' subnets come without copies that none of them takes
-            else:
-                parameter.copy_(reader.parameter(name))
+            parameter.copy_(reader.parameter(name))
         for name, buffer in model.named_buffers():
             if name in reader.index.buffers:
                 value = reader.buffer(name)  # of a narrower subnet the leading ones

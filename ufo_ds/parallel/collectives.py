@@ -79,3 +79,12 @@ class RankGroup(HolderGroup):
     def return_rows(self, x_M: Tensor, counts: Sequence[int]) -> Tensor:
         mine = counts[self.part]
         return all_to_all(x_M, counts, [mine] * self.size, self.group).unflatten(0, (self.size, mine))
+
+
+def everyone() -> HolderGroup:
+    """All ranks of the job, as holders of a task that every one of them trains on; alone, this process."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return HolderGroup()
+    group = dist.new_group()  # of its own: DistributedDataParallel's sums of gradients may come between
+    assert isinstance(group, dist.ProcessGroup)
+    return RankGroup(group)

@@ -37,7 +37,7 @@ def origin(licences: dict[str, list[str]], last: Index | None, first: Path | Non
         return Origin(_both(licences, last.licences), last.started_from)
     if first is not None:
         reader = Reader(first)
-        return Origin(_both(licences, _inherited(reader.index, reader.recipe)), str(first))
+        return Origin(_both(licences, _inherited(reader.index, reader.recipe, list(licences))), str(first))
     return Origin(licences)
 
 
@@ -46,9 +46,12 @@ def _both(some: dict[str, list[str]], others: dict[str, list[str]]) -> dict[str,
     return {task: list(dict.fromkeys([*some.get(task, []), *others.get(task, [])])) for task in tasks}
 
 
-def _inherited(index: Index, recipe: Recipe) -> dict[str, list[str]]:
-    """Of the images behind what another run starts from."""
+def _inherited(index: Index, recipe: Recipe, tasks: list[str]) -> dict[str, list[str]]:
+    """Of the images behind what another run, of these tasks, starts from."""
     found = {task: of_task(index, task) for task in trained(index, recipe)}
+    for task in tasks:
+        if task in index.added:
+            found[task] = [name for behind in (task, *index.added[task]["behind"]) for name in of_task(index, behind)]
     if recipe.model.branch_at is not None:  # own copies have learned from the images of all tasks
         everything = dict.fromkeys(licence for names in found.values() for licence in names)
         found = {task: list(everything) for task in found}
@@ -61,16 +64,20 @@ def behind(index: Index, recipe: Recipe, spec: SubnetSpec) -> dict[str, list[str
     """Licences of the images by task, of all tasks that had a part in the weights of a path.
 
     Own copies and heads learn from their task's images alone. A shared copy learns from those of all tasks; so did an
-    own one that started as the shared one was (``model.branch_at``).
+    own one that started as the shared one was (``model.branch_at``). A task that was added later has no part in any
+    other's weights; its own path started from some.
     """
+    if spec.task in index.added:
+        return {task: of_task(index, task) for task in (spec.task, *index.added[spec.task]["behind"])}
     takes_shared = any("shared" in layers for layers in spec.routes.values())
     tasks = trained(index, recipe) if takes_shared or recipe.model.branch_at else [spec.task]
     return {task: of_task(index, task) for task in tasks}
 
 
 def trained(index: Index, recipe: Recipe) -> list[str]:
-    """All tasks that a checkpoint was trained on; some may not be in it any more."""
-    return list(dict.fromkeys([*(task.name for task in recipe.tasks), *index.licences]))
+    """All tasks that a checkpoint was trained on jointly; some may not be in it any more."""
+    names = dict.fromkeys([*(task.name for task in recipe.tasks), *index.licences])
+    return [name for name in names if name not in index.added]
 
 
 def of_task(index: Index, task: str) -> list[str]:

@@ -59,7 +59,7 @@ class Trainer:
         self.engine, self.recipe, self.origin = engine, engine.recipe, origin
         self.sources, self.images = sources, images
         self.directory, self.checkpoints = directory, checkpoints
-        self.classes = {name: class_names(source) for name, source in sources.items()}
+        self.classes = {name: source.head_classes for name, source in sources.items()}
         self.unreadable: dict[str, set[int]] = {name: set() for name in sources}
         self.metrics = metrics
         self.left_at: int | None = None  # the step after which a warned run left
@@ -312,11 +312,6 @@ class Trainer:
             with contextlib.suppress(BrokenPipeError):
                 tqdm.write(line, file=sys.stdout)
                 sys.stdout.flush()
-
-
-def class_names(source: TrainSource) -> list[str]:
-    """Names of the head's classes; those beyond the data's are numbered."""
-    return [*source.classes, *(f"unused {i}" for i in range(len(source.classes), source.num_classes))]
 
 
 def _bar_off(rank: int) -> bool | None:

@@ -186,6 +186,13 @@ def check_resume(path: Path, recipe: Recipe, last: Path | None, damaged: Mapping
             raise UserError(f"{fault}: add --checkpoint.damaged set_aside to go on from {last.name}, which is whole")
     if last is None:
         return
+    for changed in checkpoint.find(path / "checkpoints"):
+        index = checkpoint.Reader(changed).index
+        if names := [*index.added, *index.removed]:
+            raise UserError(
+                f"--run_dir {path}: {', '.join(names)} was added to or removed from its {changed.name}, so it cannot "
+                f"train on: use a new directory, with --model.init {path} to start from what it has learned"
+            )
     saved = dump(checkpoint.Reader(last).recipe)  # with the defaults of keys that came later
     for key, was, now in differences(saved, dump(recipe)):
         if not key.startswith(_FREE):

@@ -114,7 +114,8 @@ def _announce(engine: Engine, sources: dict[str, TrainSource], run_dir: Path, st
     where = f"going on from step {start}" if start else "starting"
     print(f"{recipe.name}: {where} in {run_dir}, {recipe.schedule.steps} steps, device {engine.device}")
     print(
-        f"{engine.world_size} ranks, expert parallel {placement.ep_size} x data parallel {placement.replicas}, "
+        f"{engine.world_size} {'rank' if engine.world_size == 1 else 'ranks'}, "
+        f"expert parallel {placement.ep_size} x data parallel {placement.replicas}, "
         f"ZeRO-{config.stage}, {config.precision}, exchange {config.exchange}, "
         f"gradient accumulation {config.accumulation}, busiest rank {imbalance(placement, engine.work):.3f} of the mean"
     )
