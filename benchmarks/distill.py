@@ -80,12 +80,15 @@ def main_metric(result: dict, task: str, whose: str = "metrics") -> float:
 def latencies(options: argparse.Namespace, task: str) -> dict[str, float]:
     """Milliseconds of one image."""
     from transformers import AutoModel, AutoModelForImageClassification
+    from transformers.utils import logging
 
     from ufo_ds.model import hub, students  # noqa: F401  (they register their models)
     from ufo_ds.subnets import timing
     from ufo_ds.subnets.latency import Target
     from ufo_ds.subnets.task_model import open_model
 
+    logging.set_verbosity_error()  # it reports the half of a file that the other class reads
+    logging.disable_progress_bar()
     teacher = options.out_runs / f"teacher-{task}"
     if not teacher.exists():
         ufo("extract", str(place(options.runs, "learned routes", 0)), "--task", task, "--out", str(teacher))
