@@ -18,6 +18,7 @@ VERBS = {
     "order": "sort a run's heads and channels by importance, so that leading slices keep what matters",
     "search": "find the subnets of an elastic model that are best for what they cost, within limits",
     "extract": "cut a task, or a smaller subnet of it, out of a run as a dense Hugging Face model",
+    "distill": "make a small network, of another kind if need be, that does what a model does",
     "export": "write a model as an ONNX file, in fp32 and int8, with a certificate that it computes the same",
     "extend": "add a task to a trained run, with little data and few new parameters",
     "remove": "take a task out of a trained run",

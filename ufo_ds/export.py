@@ -105,6 +105,7 @@ def _source(path: Path, model: "TaskModel") -> tuple[str | None, dict[str, list[
 
 def _int8(model: "TaskModel", out: Path, images: "Tensor", source: str) -> "Int8":
     """Write the int8 version, and measure it beside the fp32 one."""
+    from ufo_ds.evaluation import outcomes
     from ufo_ds.subnets import exporting, measuring, timing
     from ufo_ds.subnets.export_card import Int8
     from ufo_ds.subnets.latency import Target
@@ -114,7 +115,11 @@ def _int8(model: "TaskModel", out: Path, images: "Tensor", source: str) -> "Int8
     directories = {"fp32": out, "int8": out / exporting.INT8}
     target = Target(backend="onnx")
     ms = timing.milliseconds(exporting.calls(model, list(directories.values()), target), target, ROUNDS)
-    metrics = {name: measuring.metrics_of(open_model(directory)) for name, directory in directories.items()}
+    known = measuring.here(model.recipe)
+    metrics = {
+        name: outcomes.flatten(measuring.measure(open_model(directory), known))
+        for name, directory in directories.items()
+    }
     found = Int8(
         calibration=source,
         images=len(images),

@@ -2,7 +2,7 @@
 
 ufo latency runs/mine --task person --out phone.json                           # up to 40 subnets of model.elastic
 ufo latency mine.yaml --task person --backend onnx --threads 4 --out phone.json
-ufo latency person-vit --batch_size 16                  # one model, of ufo extract; of ufo export by ONNX Runtime
+ufo latency person-vit --batch_size 16         # one model, of ufo extract or distill; of ufo export by ONNX Runtime
 
 A run or recipe needs no checkpoint: weights are random. A call is from normalised pixels to the embedding; of an
 extracted model with a classifier, to its logits. On one thread of a CPU, times are the thread's own, without what other
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="ufo latency", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     choices = {name: get_args(Target.__annotations__[name]) for name in ("backend", "device", "dtype")}
-    parser.add_argument("model", help="a run directory or recipe with model.elastic, or an extracted model")
+    parser.add_argument("model", help="a run directory or recipe with model.elastic, or an extracted model or student")
     parser.add_argument("--task", help="whose subnets (not needed for an extracted model)")
     parser.add_argument(
         "--backend", choices=choices["backend"], help="default: torch, eager; of an exported model onnx"

@@ -1,5 +1,6 @@
 """Images to be used rather than trained on: a folder of files, or shards; what cannot be read is left out."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 from ufo_ds.data.layouts import IMAGE_EXTENSIONS, is_image
 from ufo_ds.data.manifest import MANIFEST
 from ufo_ds.data.shard_specs import is_url, tars_of
-from ufo_ds.data.shards import MAX_IMAGE_BYTES, ShardSet
+from ufo_ds.data.shards import DEFAULT_CACHE, MAX_IMAGE_BYTES, ShardSet
 from ufo_ds.data.transforms import CorruptImage, evaluation_transform
 from ufo_ds.errors import UserError
+from ufo_ds.recipe import ShardCache
 
 
 def read_image(path: Path) -> bytes:
@@ -37,7 +39,10 @@ class FolderImages:
     Attributes:
         names: paths relative to the folder.
         labels: the first-level sub-folder that each is in, None where it is in none.
+        licence: of the images.
     """
+
+    licence = "unknown"
 
     def __init__(self, folder: Path):
         """
@@ -53,6 +58,17 @@ class FolderImages:
         self.names = [_text(str(path)) for path in self._paths]
         self.labels = [_text(path.parts[0]) if len(path.parts) > 1 else None for path in self._paths]
 
+    def digest(self) -> str:
+        """Of the names, sizes and times of change of the files."""
+        digest = hashlib.sha256()
+        for path in self._paths:
+            try:
+                about = (self._folder / path).stat()
+                digest.update(f"{path!s} {about.st_size} {about.st_mtime_ns}\n".encode(errors="surrogateescape"))
+            except OSError:
+                digest.update(f"{path!s}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
     def read(self, index: int) -> bytes:
         """For the errors see :func:`read_image`."""
         return read_image(self._folder / self._paths[index])
@@ -64,14 +80,20 @@ class ShardImages:
     Attributes:
         names: of the shard, and the position in it.
         labels: names of the classes.
+        licence: of the images.
     """
 
-    def __init__(self, spec: str):
+    def __init__(self, spec: str, cache: ShardCache = DEFAULT_CACHE):
         """For the errors see :meth:`ShardSet.open`."""
-        self._shards = ShardSet.open(spec)
+        self._shards = ShardSet.open(spec, cache)
+        self.licence = self._shards.licence
         sizes = zip(self._shards.tars, self._shards.shard_sizes, strict=True)
         self.names = [f"{Path(tar.name).name}:{position}" for tar, size in sizes for position in range(size)]
         self.labels: list[str | None] = [self._shards.classes[label] for label in self._shards.labels]
+
+    def digest(self) -> str:
+        """Of the manifest, which has sizes and checksums."""
+        return hashlib.sha256(repr(self._shards.manifest).encode()).hexdigest()
 
     def read(self, index: int) -> bytes:
         """For the errors see :meth:`ShardSet.read`."""

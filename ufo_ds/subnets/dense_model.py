@@ -79,12 +79,12 @@ class DenseModel:
             )
         check_preprocessing(path, recipe)
         try:
-            with _quiet():
+            with quiet():
                 config = AutoConfig.from_pretrained(path, trust_remote_code=False)
                 _check_architecture(path, recipe, spec, config)
-                backbone = _load(AutoModel, path)
+                backbone = load_whole(AutoModel, path)
                 linear = recipe.tasks[0].head.type == "linear"
-                classifier = _load(AutoModelForImageClassification, path).classifier if linear else None
+                classifier = load_whole(AutoModelForImageClassification, path).classifier if linear else None
         except (OSError, ValueError, TypeError, RuntimeError, StrictDataclassError, SafetensorError) as error:
             raise UserError(f"{path} does not load: {str(error).splitlines()[0]}: extract it again") from None
         state = dict(backbone.state_dict())
@@ -108,7 +108,7 @@ def architecture(config: ViTConfig) -> dict[str, Any]:
     return values
 
 
-def _load(auto: Any, path: Path) -> Any:
+def load_whole(auto: Any, path: Path) -> Any:
     """
     Raises:
         UserError: weights are missing, which transformers would draw at random.
@@ -156,7 +156,7 @@ def _check_architecture(path: Path, recipe: Recipe, spec: SubnetSpec, config: An
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers reports, as a warning, the half of the file that the other of two classes reads."""
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

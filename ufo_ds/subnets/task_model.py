@@ -31,6 +31,7 @@ from ufo_ds.subnets.dense_model import DenseModel, architecture, is_dense_model
 from ufo_ds.subnets.dense_network import with_weights
 from ufo_ds.subnets.extraction import image_processor
 from ufo_ds.subnets.onnx_model import OnnxModel, is_onnx_model
+from ufo_ds.subnets.student_model import StudentModel, is_student
 from ufo_ds.subnets.weights import state_of
 
 
@@ -90,12 +91,12 @@ class TaskModel:
 
 def is_model(path: Path) -> bool:
     """Whether it is the directory of one task's model, and no run."""
-    return is_dense_model(path) or is_onnx_model(path)
+    return is_dense_model(path) or is_onnx_model(path)  # a student's has a config.json as a dense model's has
 
 
 def open_model(path: Path, task: str | None = None, device: str = "cpu") -> TaskModel:
-    """Open a model directory of ``ufo extract`` or ``ufo export``, or a task of a run directory (its best checkpoint)
-    or checkpoint.
+    """Open a model directory of ``ufo extract``, ``distill`` or ``export``, or a task of a run directory (its best
+    checkpoint) or checkpoint.
 
     Args:
         task: which of the run's tasks; may be left out where there is one.
@@ -127,6 +128,12 @@ def _of_directory(path: Path, device: str) -> TaskModel:
             str(path), exported.recipe, exported.classes, exported.fingerprint, path / "calibration.json",
             exported.network, device,
         )  # fmt: skip
+    if is_student(path):
+        student = StudentModel.load(path, device)
+        digest = _digest(student.architecture, student.state, student.recipe)
+        return TaskModel(
+            str(path), student.recipe, student.classes, digest, path / "calibration.json", student.network, device
+        )
     dense = DenseModel.load(path, device)
     digest = fingerprint(dense.config, dense.state, dense.recipe)
     return TaskModel(str(path), dense.recipe, dense.classes, digest, path / "calibration.json", dense.network, device)
@@ -168,8 +175,12 @@ def fingerprint(config: ViTConfig, state: Mapping[str, Tensor], recipe: Recipe) 
         state: by the names in ``ViTModel``, and ``classifier.*``.
         recipe: of the one task.
     """
+    return _digest(architecture(config), state, recipe)
+
+
+def _digest(architecture: Mapping[str, Any], state: Mapping[str, Tensor], recipe: Recipe) -> str:
     values: dict[str, Any] = {
-        "architecture": architecture(config),
+        "architecture": architecture,
         "preprocessing": json.loads(image_processor(recipe, recipe.tasks[0]).to_json_string()),
     }
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())

@@ -1,0 +1,549 @@
+"""Distillation: losses by hand and by slow loops, what is kept of a teacher, and the verb from end to end."""
+
+import dataclasses
+import io
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModel
+
+from tests import ranks
+from tests.small_run import encode, make_images, make_model, make_recipe, write_checkpoint
+from ufo_ds import distill, latency, recipe_file
+from ufo_ds.data.augmentation import augmented
+from ufo_ds.data.image_files import FolderImages
+from ufo_ds.data.transforms import evaluation_transform, resized_pixels
+from ufo_ds.data.views import Drawn, Views
+from ufo_ds.distillation import losses, writing
+from ufo_ds.distillation.cache import cache_of
+from ufo_ds.distillation.corrupt import Corrupt
+from ufo_ds.distillation.settings import Settings
+from ufo_ds.distillation.teachers import Taught, Teachers, combined, open_teachers
+from ufo_ds.distillation.trainee import Trainee, new_student
+from ufo_ds.errors import UserError
+from ufo_ds.losses import cosface
+from ufo_ds.recipe_task import Head
+from ufo_ds.seeding import numpy_generator
+from ufo_ds.subnets.task_model import open_model
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def test_symmetric_divergence_by_hand():
+    """p = (3/4, 1/4), q = (1/2, 1/2): KL(p|q) + KL(q|p) = (3/4 - 1/2) ln(3/2) + (1/4 - 1/2) ln(1/2) = ln(3) / 4."""
+    teacher, student = torch.tensor([[math.log(3.0), 0.0]]), torch.zeros(1, 2)
+    assert losses.symmetric_divergence(student, teacher, 1.0).item() == pytest.approx(math.log(3) / 8)
+    # Logits twice as large at twice the temperature: the same distributions, times T squared.
+    assert losses.symmetric_divergence(2 * student, 2 * teacher, 2.0).item() == pytest.approx(math.log(3) / 2)
+
+
+def test_divergences_are_torchs_in_both_directions():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 5, 7, generator=generator)
+    one = F.kl_div((student / 3).log_softmax(1), (teacher / 3).softmax(1), reduction="none").sum(1)
+    other = F.kl_div((teacher / 3).log_softmax(1), (student / 3).softmax(1), reduction="none").sum(1)
+    assert torch.allclose(losses.symmetric_divergence(student, teacher, 3.0), 9 * (one + other) / 2, atol=1e-6)
+    # Of an attribute it is that of two classes with logits x and 0.
+    of_each = [losses.symmetric_divergence(*(torch.stack([x[:, i], 0 * x[:, i]], 1) for x in (student, teacher)), 2.0)
+               for i in range(7)]  # fmt: skip
+    found = losses.binary_symmetric_divergence(student, teacher, 2.0)
+    assert torch.allclose(found, torch.stack(of_each).mean(0), atol=1e-6)
+
+
+def test_feature_losses_by_hand():
+    one, other = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[4.0, 3.0], [0.0, 2.0]])
+    assert losses.cosine(one, other).tolist() == pytest.approx([1 - 24 / 25, 1.0])
+    assert losses.mean_squared_error(one, other).tolist() == pytest.approx([1.0, 2.5])
+
+
+def test_relational_distance_by_hand():
+    """At 0, 90 and 180 degrees: distances sqrt(2), sqrt(2), 2; at 0, 90 and 0 degrees: sqrt(2), sqrt(2), 0."""
+    student = torch.tensor([[1.0, 0.0], [0.0, 5.0], [-2.0, 0.0]])
+    teacher = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
+    root = math.sqrt(2)
+    of_student, of_teacher = (2 * root + 2) / 3, 2 * root / 3
+    near = (root / of_student - root / of_teacher) ** 2 / 2  # Huber: below 1
+    far = 2 / of_student - 0.5  # and beyond
+    assert 2 / of_student > 1
+    wanted = [(near + far) / 2, near, (near + far) / 2]
+    assert losses.relational_distance(student, teacher).tolist() == pytest.approx(wanted, rel=1e-3)
+
+
+def test_relational_distance_is_the_slow_one():
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = torch.randn(6, 4, generator=generator), torch.randn(6, 9, generator=generator)
+
+    def relative(x):
+        found = [[(F.normalize(a, dim=0) - F.normalize(b, dim=0)).norm().item() for b in x] for a in x]
+        mean = sum(map(sum, found)) / 30
+        return [[value / mean for value in row] for row in found]
+
+    one, other, wanted = relative(student), relative(teacher), []
+    for i in range(6):
+        terms = [abs(one[i][j] - other[i][j]) for j in range(6) if j != i]
+        wanted.append(sum(d * d / 2 if d < 1 else d - 0.5 for d in terms) / 5)
+    assert losses.relational_distance(student, teacher).tolist() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_relational_distance_of_few_and_equal_samples_has_a_gradient():
+    for count in (0, 1, 3):
+        student = torch.ones(count, 4, requires_grad=True)
+        found = losses.relational_distance(student, torch.randn(count, 4))
+        found.sum().backward()
+        assert torch.isfinite(student.grad).all()
+        assert found.shape == (count,)
+
+
+@pytest.mark.parametrize("loss", [losses.cosine, losses.mean_squared_error, losses.relational_distance])
+def test_nothing_goes_to_the_teacher(loss):
+    student, teacher = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    loss(student, teacher).sum().backward()
+    assert teacher.grad is None
+    assert student.grad.abs().sum() > 0
+
+
+# --- teachers ---------------------------------------------------------------------------------------------------------
+
+
+def test_combined_logits_are_those_of_the_mean_probability():
+    generator = torch.Generator().manual_seed(2)
+    one, other = torch.randn(2, 5, 3, generator=generator)
+    mean = (one.softmax(1) + other.softmax(1)) / 2
+    assert torch.allclose(combined([one, other], multi_label=False).softmax(1), mean, atol=1e-6)
+    mean = (one.sigmoid() + other.sigmoid()) / 2
+    assert torch.allclose(combined([one, other], multi_label=True).sigmoid(), mean, atol=1e-6)
+    assert combined([one], multi_label=False) is one
+
+
+@pytest.fixture(scope="module")
+def other_run(tmp_path_factory):
+    """A run of other weights."""
+    model = make_model(make_recipe())
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)), alpha=0.3)
+    run = tmp_path_factory.mktemp("other")
+    write_checkpoint(run / "checkpoints", model)
+    return run
+
+
+def test_two_teachers_count_as_one(run, other_run):
+    """Products of features are the mean of their cosines; so are those with the classifier."""
+    models = [open_model(path, "glyphs") for path in (run, other_run)]
+    teachers = Teachers(models)
+    pixels = torch.from_numpy(np.stack([evaluation_transform(image, teachers.recipe.tasks[0].input)
+                                        for image in make_images()]))  # fmt: skip
+    unit = teachers.unit(teachers.of(pixels).features)
+    each = [F.normalize(model.embed(pixels).embedding) for model in models]
+    assert torch.allclose(unit @ unit.T, sum(x @ x.T for x in each) / 2, atol=1e-5)
+    cosines = sum(model.embed(pixels).logits for model in models) / 2
+    assert torch.allclose(unit @ teachers.classifier.T, cosines, atol=1e-5)
+
+
+def test_an_extracted_teacher_of_a_margin_head_has_no_classifier(extracted, run):
+    assert open_teachers([extracted / "glyphs"], None, "cpu").classifier is None
+    assert open_teachers([extracted / "glyphs", run], "glyphs", "cpu").classifier is None
+
+
+# --- views ------------------------------------------------------------------------------------------------------------
+
+
+def make_folder(folder, count=12, names=("zero", "one", "two"), seed=0, size=(20, 26)):
+    """Images in a sub-folder for each name; without names in none. Those of a name are alike."""
+    draw = np.random.default_rng(seed)
+    for i in range(count):
+        name = names[i % len(names)] if names else ""
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        base = np.zeros((*size, 3)) + 40 + 70 * (names.index(name) if names else 0)
+        noise = (base + draw.normal(0, 20, base.shape)).clip(0, 255).astype(np.uint8)
+        (folder / name / f"{i:03}.png").write_bytes(encode(Image.fromarray(noise), "PNG"))
+    return folder
+
+
+AUGMENT = {"resize": [28, 20], "flip": True, "erasing": 0.5, "jitter": {"brightness": 0.3}}
+
+
+def with_task(run, **values):
+    """The recipe of one task of the run, changed."""
+    recipe = recipe_file.dump(open_model(run, "glyphs").recipe)
+    recipe["tasks"][0] |= values
+    recipe["data"]["workers"] = 0
+    return recipe_file.parse(recipe, "test")
+
+
+def test_a_view_is_a_function_of_seed_task_and_number(run, tmp_path):
+    folder = FolderImages(make_folder(tmp_path / "images"))
+    recipe = with_task(run, augment=AUGMENT)
+    views = Views(recipe, [folder], [], 3)
+    assert len(views) == 36
+    order = np.random.default_rng(0).permutation(36).tolist()
+    found = {number: views.load(number)[0].copy() for number in order}
+    for number in (0, 7, 35):
+        wanted = augmented(
+            resized_pixels(folder.read(number // 3), (28, 20), None), (24, 16), recipe.tasks[0].augment,
+            numpy_generator(recipe.seed, "view", "glyphs", number),
+        )  # fmt: skip
+        assert np.array_equal(found[number], wanted.transpose(2, 0, 1))
+    assert not np.array_equal(found[0], found[1])
+
+
+def test_labels_by_name_or_as_identities(run, tmp_path):
+    make_folder(tmp_path / "a", 6, ("zero", "one", "nine"))
+    make_folder(tmp_path / "b", 2, ())
+    sources = [FolderImages(tmp_path / name) for name in "ab"]
+    recipe = open_model(run, "digits").recipe
+    views = Views(recipe, sources, ["one", "two", "zero"], 1)
+    names = [source.names[i].split("/")[0] for source in sources for i in range(len(source.names))]
+    wanted = [{"one": 0, "zero": 2}.get(name, -1) for name in names]
+    assert views.labels.tolist() == wanted
+    assert views.num_classes == 3
+    views = Views(with_task(run), [sources[0], sources[0], sources[1]], [], 1)
+    assert views.num_classes == 6  # of each source its own
+    assert sorted(views.labels.tolist()) == sorted([0, 1, 2, 3, 4, 5] * 2 + [-1, -1])
+
+
+def test_quarter_turns_are_samples_of_other_classes(run, tmp_path):
+    folder = FolderImages(make_folder(tmp_path / "images", 6, size=(16, 16)))
+    recipe = with_task(run, quarter_turns=True, input=[16, 16])
+    views = Views(recipe, [folder], [], 2)
+    assert views.num_classes == 12
+    assert len(views) == 6 * 4 * 2
+    plain, label, _ = views.load(2 * 1)
+    turned, turned_label, _ = views.load(2 * (3 * 6 + 1))
+    assert np.array_equal(np.rot90(plain, 3, (1, 2)), turned)
+    assert turned_label == label + 3 * 3
+
+
+def test_draws_of_identities(run, tmp_path):
+    folder = FolderImages(make_folder(tmp_path / "images", 40, tuple("abcdefgh")))
+    views = Views(with_task(run, samples_per_step=8, identities_per_step=2), [folder], [], 5)
+    drawn = Drawn(views, 14)
+    assert drawn.batch_size == 12  # 3 of 4
+    for step in range(6):
+        numbers = [drawn.number(12 * step + i) for i in range(12)]
+        labels = views.labels[[number // 5 for number in numbers]]
+        assert [len(set(labels[i : i + 4].tolist())) for i in (0, 4, 8)] == [1, 1, 1]
+        assert len(set(labels.tolist())) == 3
+    assert len({drawn.number(i) % 5 for i in range(100)}) == 5
+
+
+def test_unreadable_images_are_replaced_and_counted(run, tmp_path):
+    folder = make_folder(tmp_path / "images", 6, ())
+    (folder / "002.png").write_bytes(b"no image")
+    (folder / "005.png").write_bytes(b"")
+    views = Views(with_task(run), [FolderImages(folder)], [], 1)
+    for number, instead in ((2, 3), (5, 0)):
+        pixels, _, skipped = views.load(number)
+        assert skipped == [number]
+        assert np.array_equal(pixels, views.load(instead)[0])
+    corrupt = Corrupt(6, 0.2)
+    corrupt.add([2])
+    corrupt.add([2, 2])
+    with pytest.raises(UserError, match=r"2 of 6 images cannot be read, more than data.max_corrupt 0.2"):
+        corrupt.add([5])
+    for path in folder.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="none of the 6 images"):
+        Views(with_task(run), [FolderImages(folder)], [], 1).load(0)
+
+
+# --- cache ------------------------------------------------------------------------------------------------------------
+
+
+def filled(directory, run, sources, views, task="digits"):
+    teachers = open_teachers([run], task, "cpu")
+    made = Views(teachers.recipe, sources, teachers.classes, views)
+    cache = cache_of(directory, teachers, sources, made)
+    cache.fill(teachers, made, 0, Corrupt(made.images, 0.0))
+    return cache, teachers, made
+
+
+@pytest.mark.parametrize("task", ["digits", "glyphs"])
+def test_what_is_kept_is_what_the_teacher_says(run, tmp_path, task):
+    sources = [FolderImages(make_folder(tmp_path / "images"))]
+    cache, teachers, views = filled(tmp_path / "cache", run, sources, 7, task)
+    numbers = np.array([83, 0, 5, 64])
+    pixels = torch.from_numpy(np.stack([views.load(number)[0] for number in numbers.tolist()]))
+    fresh, kept = teachers.of(pixels), cache.read(numbers)
+    assert torch.allclose(kept.features, fresh.features, atol=1e-5)
+    assert torch.allclose(kept.logits, fresh.logits, atol=1e-5)
+    assert kept.logits.shape == (4, 3 if task == "digits" else 0)
+    # A batch as it was made: to the bit.
+    pixels = torch.from_numpy(np.stack([views.load(number)[0] for number in range(64)]))
+    assert torch.equal(cache.read(np.arange(64)).features, teachers.of(pixels).features)
+
+
+def test_an_interrupted_cache_goes_on_to_the_same_bits(run, tmp_path):
+    sources = [FolderImages(make_folder(tmp_path / "images", 20))]
+    whole, teachers, views = filled(tmp_path / "whole", run, sources, 10)
+    wanted = (whole.directory / "features.f32").read_bytes()
+    cut = cache_of(tmp_path / "cut", teachers, sources, views)
+    assert cut.directory.name == whole.directory.name
+    cut.directory.mkdir(parents=True)
+    (cut.directory / "features.f32").write_bytes(wanted[: 150 * 16 * 4 + 3])
+    (cut.directory / "logits.f32").write_bytes((whole.directory / "logits.f32").read_bytes()[: 140 * 3 * 4 + 1])
+    assert cut.done == 140
+    calls = []
+    teachers.of, of = lambda pixels: calls.append(len(pixels)) or of(pixels), teachers.of
+    cut.fill(teachers, views, 0, Corrupt(20, 0.0))
+    assert calls == [64, 8]  # from the batch of row 128 on
+    assert (cut.directory / "features.f32").read_bytes() == wanted
+    cut.fill(teachers, views, 0, Corrupt(20, 0.0))
+    assert calls == [64, 8]
+
+
+def test_another_teacher_or_image_or_augmentation_is_kept_elsewhere(run, other_run, tmp_path):
+    folder = make_folder(tmp_path / "images", 6)
+    sources = [FolderImages(folder)]
+    first = filled(tmp_path / "cache", run, sources, 2)[0]
+    places = {first.directory}
+    places.add(filled(tmp_path / "cache", other_run, sources, 2)[0].directory)
+    places.add(filled(tmp_path / "cache", run, sources, 3)[0].directory)
+    (folder / "zero" / "000.png").write_bytes(make_images()[0])
+    places.add(filled(tmp_path / "cache", run, [FolderImages(folder)], 2)[0].directory)
+    assert len(places) == 4
+
+
+# --- trainee ----------------------------------------------------------------------------------------------------------
+
+PLAIN = Settings(
+    logits_weight=1.0, feature_weight=1.0, relation_weight=1.0, label_weight=1.0, temperature=2.0,
+    feature_loss="cosine", steps=1, batch_size=8, views=1, lr=0.1, seed=0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("neck", [True, False])
+@pytest.mark.parametrize("task", ["digits", "glyphs"])
+def test_a_finished_student_says_what_the_trainee_does(run, task, neck):
+    """Its neck, whose statistics and scale are not those of the start, is folded in."""
+    teachers = open_teachers([run], task, "cpu")
+    of_task = dataclasses.replace(
+        teachers.recipe.tasks[0], head=Head(type=teachers.recipe.tasks[0].head.type, neck=neck)
+    )
+    student = new_student("resnet18", 0.05, of_task, teachers.classes, 16, 0)
+    trainee = Trainee(student, of_task, 3, teachers, PLAIN)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(8, 3, *of_task.input, generator=generator)
+    with torch.no_grad():
+        for parameter in trainee.head.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+        for _ in range(3):
+            trainee.train().head.neck(student.embed(pixels))
+        trainee.eval()
+        embedding = trainee.head.neck(student.embed(pixels))
+        found = trainee.finished()(pixels)
+        assert torch.allclose(found.pooler_output, embedding, rtol=1e-4, atol=1e-5)
+        assert (found.logits is None) == (task == "glyphs")
+        if task == "digits":
+            assert torch.allclose(found.logits, trainee.head.classifier(embedding), rtol=1e-4, atol=1e-5)
+
+
+def test_losses_of_a_trainee_are_those_of_its_outputs(run, other_run):
+    """Two teachers of a task that compares: through a projector, and by the cosines to both classifiers."""
+    teachers = Teachers([open_model(path, "glyphs") for path in (run, other_run)])
+    (task,) = teachers.recipe.tasks
+    trainee = Trainee(new_student("resnet18", 0.05, task, [], 16, 0), task, 4, teachers, PLAIN).eval()
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(6, 3, *task.input, generator=generator)
+    features = torch.randn(6, 32, generator=generator)
+    unit = teachers.unit(features)
+    labels = torch.tensor([0, 3, -1, 1, 1, -1])
+    with torch.no_grad():
+        found = trainee(pixels, labels, Taught(features, features[:, :0]), unit)
+        embedding = trainee.head.neck(trainee.student.embed(pixels))
+        projected = trainee.to_teacher(embedding)
+        halves = torch.cat([F.normalize(half) for half in projected.split(16, 1)], 1) / math.sqrt(2)
+        scale = task.loss.cosface.scale
+        logits = [scale * x @ teachers.classifier.T for x in (halves, unit)]
+        known = labels >= 0
+        cosines = F.normalize(embedding[known]) @ F.normalize(trainee.head.classifier.weight).T
+        of_labels = cosface(cosines, labels[known], scale, task.loss.cosface.margin)
+        wanted = [
+            losses.symmetric_divergence(*logits, 2.0).mean(),
+            losses.cosine(projected, unit).mean(),
+            losses.relational_distance(embedding, unit).mean(),
+            of_labels.sum() / 6,
+        ]
+    assert torch.allclose(found, torch.stack(wanted), rtol=1e-4)
+
+
+# --- the verb ---------------------------------------------------------------------------------------------------------
+
+SHORT = ["--student", "resnet18", "--width", "0.05", "--steps", "12", "--batch_size", "8", "--views", "2"]
+
+
+def run_verb(capsys, *arguments):
+    distill.main([*map(str, arguments), "--device", "cpu", "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("task", ["digits", "glyphs"])
+@pytest.mark.parametrize("kind", ["run", "model"])
+def test_a_student_is_a_model(run, extracted, tmp_path, capsys, task, kind):
+    """open_model has what transformers and the stock processor have; and so has the trainee's own head."""
+    folder = make_folder(tmp_path / "images", 24)
+    teacher = [run, "--task", task] if kind == "run" else [extracted / task]
+    result = run_verb(capsys, *teacher, *SHORT, "--data", folder, "--out", tmp_path / "out")
+    assert set(result["losses"]) == {"logits", "feature", "relation", "label"} - (
+        {"logits"} if (task, kind) == ("glyphs", "model") else set()
+    )
+    assert not list(tmp_path.glob("out.*"))
+    model = open_model(tmp_path / "out")
+    assert (model.task, model.classes) == (task, ["zero", "one", "two"] if task == "digits" else [])
+    images = make_images()
+    found = model.embed(torch.from_numpy(np.stack([evaluation_transform(image, model.input) for image in images])))
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    pixels = processor(images=[Image.open(io.BytesIO(image)) for image in images], return_tensors="pt").pixel_values
+    with torch.no_grad():
+        wanted = AutoModel.from_pretrained(tmp_path / "out").eval()(pixels)
+    assert torch.allclose(found.embedding, wanted.pooler_output, rtol=1e-4, atol=1e-4)
+    if task == "digits":
+        assert torch.allclose(found.logits, wanted.logits, rtol=1e-4, atol=1e-4)
+    assert result["parameters"] == sum(v.numel() for v in model.network.parameters())
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "resnet18" in card
+    assert writing.licences_behind([tmp_path / "out"], task) == {
+        **writing.licences_behind([run if kind == "run" else extracted / task], task), "distilled on": ["unknown"],
+    }  # fmt: skip
+    with pytest.raises(UserError, match="exists"):
+        run_verb(capsys, *teacher, *SHORT, "--data", folder, "--out", tmp_path / "out")
+
+
+def test_it_learns_what_the_teacher_says(run, tmp_path, capsys):
+    """Without labels; a student of a student too. Closer to the teacher than one that was hardly trained."""
+    folder = make_folder(tmp_path / "images", 24, ())
+    arguments = [run, "--task", "digits", "--data", folder, "--student", "resnet18", "--width", "0.1"]
+    short = run_verb(capsys, *arguments, "--steps", "2", "--batch_size", "24", "--views", "2", "--out", tmp_path / "a")
+    arguments += ["--batch_size", "24", "--views", "2", "--lr", "0.01"]
+    long = run_verb(capsys, *arguments, "--steps", "80", "--out", tmp_path / "b")
+    assert set(long["losses"]) == {"logits", "feature", "relation"}
+    assert long["losses"]["feature"] < 0.5 * short["losses"]["feature"]
+    assert long["losses"]["logits"] < 0.5 * short["losses"]["logits"]
+    again = run_verb(capsys, tmp_path / "b", *SHORT, "--data", folder, "--out", tmp_path / "c")
+    assert again["teacher_parameters"] == long["parameters"]
+
+
+def test_after_a_kill_it_goes_on_to_the_same_bits(run, tmp_path, capsys, monkeypatch):
+    from ufo_ds.distillation import loop
+
+    folder = make_folder(tmp_path / "images", 16)
+    arguments = [run, "--task", "glyphs", *SHORT, "--data", folder]
+    run_verb(capsys, *arguments, "--out", tmp_path / "whole")
+    monkeypatch.setattr(loop, "SAVE_EVERY", 5)
+    rate = loop.rate
+
+    def killed(settings, step):
+        if step == 8:
+            raise KeyboardInterrupt
+        return rate(settings, step)
+
+    monkeypatch.setattr(loop, "rate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_verb(capsys, *arguments, "--out", tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+    shutil.copytree(tmp_path / "cut.partial", tmp_path / "other.partial")
+    steps = []
+    monkeypatch.setattr(loop, "rate", lambda settings, step: steps.append(step) or rate(settings, step))
+    run_verb(capsys, *arguments, "--out", tmp_path / "cut")
+    assert sorted(set(steps)) == list(range(5, 12))
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    # With other settings it starts over.
+    steps.clear()
+    run_verb(capsys, *arguments, "--lr", "0.1", "--out", tmp_path / "other")
+    assert min(steps) == 0
+
+
+def test_two_processes_are_one(run, tmp_path):
+    """Of a student without batch norm and losses that are of single samples; of others each has statistics of its
+    own."""
+    folder = make_folder(tmp_path / "images", 16)
+    arguments = ["--task", "digits", "--student", "vit_tiny", "--width", "0.1", "--relation_weight", "0"]
+    arguments += ["--views", "2", "--steps", "6", "--batch_size", "8", "--lr", "0.0005"]
+    for count, out in ((1, tmp_path / "one"), (2, tmp_path / "two")):
+        words = [run, *arguments, "--data", folder, "--out", out, "--device", "cpu", "--json"]
+        ranks.run(count, distill.main, [str(word) for word in words])
+        assert not out.with_name(f"{out.name}.partial").exists()
+    one, other = (AutoModel.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
+    task = open_model(run, "digits").recipe.tasks[0]
+    start = new_student("vit_tiny", 0.1, task, ["zero", "one", "two"], 16, 0).state_dict()
+    moved = {name: (value - start[name]).abs().max().item() for name, value in one.items()}
+    apart = {name: (value - other[name]).abs().max().item() for name, value in one.items()}
+    assert max(moved.values()) > 1e-3
+    assert max(apart.values()) < 1e-5
+
+
+def test_labels_alone_are_the_baseline(run, tmp_path, capsys):
+    folder = make_folder(tmp_path / "images", 12)
+    off = ["--logits_weight", "0", "--feature_weight", "0", "--relation_weight", "0"]
+    result = run_verb(capsys, run, "--task", "digits", *SHORT, *off, "--data", folder, "--out", tmp_path / "out")
+    assert set(result["losses"]) == {"label"}
+    assert "none: labels alone" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_latency_of_a_student(run, tmp_path, capsys, monkeypatch):
+    from ufo_ds.subnets import timing
+
+    monkeypatch.setattr(timing, "SECONDS", 0.1)
+    folder = make_folder(tmp_path / "images", 12)
+    run_verb(capsys, run, "--task", "digits", *SHORT, "--data", folder, "--out", tmp_path / "out")
+    latency.main([str(tmp_path / "out"), "--json"])
+    assert json.loads(capsys.readouterr().out)["images_per_second"] > 0
+
+
+WEIGHTS = ["--label_weight", "--logits_weight", "--feature_weight", "--relation_weight"]
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--student": "alexnet"}, "--student 'alexnet': one of resnet18"),
+        ({"--width": "0"}, "--width 0: give a number above 0"),
+        ({"--label_weight": "-1"}, "--label_weight -1: give 0 or more"),
+        ({"--temperature": "nan"}, "--temperature nan"),
+        ({"--steps": "0"}, "--steps 0"),
+        ({"--epochs": "3"}, "exclude each other"),
+        ({"--task": "faces"}, "faces"),
+        ({"--data": "EMPTY"}, "holds no image"),
+        ({"--data": "NONE"}, "is no directory"),
+        ({"--data": None}, "has no train set"),
+        ({"--label_weight": "0", "--logits_weight": "0"}, "the classifier of digits learns from logits or labels"),
+        (dict.fromkeys(WEIGHTS, "0"), "nothing is left"),
+    ],
+)  # fmt: skip
+def test_wrong_input(run, tmp_path, capsys, change, message):
+    (tmp_path / "EMPTY").mkdir()
+    values = {"--task": "digits", "--student": "resnet18", "--steps": "2", "--out": str(tmp_path / "out")}
+    values |= {"--data": str(make_folder(tmp_path / "images", 6))}
+    values |= {key: str(tmp_path / value) if value in ("EMPTY", "NONE") else value for key, value in change.items()}
+    with pytest.raises(UserError) as error:
+        run_verb(capsys, run, *[word for key, value in values.items() if value is not None for word in (key, value)])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_inputs_that_a_student_cannot_take(tmp_path, capsys):
+    model = make_model(make_recipe(((18, 18), (24, 16))))
+    write_checkpoint(tmp_path / "run" / "checkpoints", model)
+    arguments = [tmp_path / "run", "--task", "digits", "--student", "vit_tiny", "--out", tmp_path / "out"]
+    with pytest.raises(UserError, match="multiples of 4 pixels, not 18x18"):
+        run_verb(capsys, *arguments)
+
+
+def test_teachers_that_do_not_go_together(run, extracted, tmp_path, capsys):
+    with pytest.raises(UserError, match=r"teachers differ in task: digits of .*, glyphs of"):
+        run_verb(capsys, extracted / "digits", extracted / "glyphs", *SHORT, "--out", tmp_path / "out")
+    with pytest.raises(UserError, match="neither a model"):
+        run_verb(capsys, tmp_path, *SHORT, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
