@@ -42,7 +42,7 @@ from ufo_ds.subnets import licences, task_changes
 from ufo_ds.training import extension_path, new_task
 from ufo_ds.training.extension_path import PARTS, ExtensionPath, as_routes
 
-TRAIN, STEPS, LR = ("norms",), 500, 1e-3
+TRAIN, STEPS, LR = ("embed", "norms"), 500, 3e-3
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
