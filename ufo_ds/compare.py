@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ufo_ds import recipe_file
-from ufo_ds.errors import UserError
+from ufo_ds.errors import ArgumentParser, UserError
 from ufo_ds.evaluation import outcomes, statistics
 from ufo_ds.evaluation.outcomes import Outcomes
 from ufo_ds.evaluation.statistics import ALPHA, Difference
@@ -84,7 +84,7 @@ class Row:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="ufo compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("arms", nargs="+", metavar="ARM", help="two arms: RUN, RUN,RUN,... or a quoted 'PATTERN'")

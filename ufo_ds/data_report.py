@@ -25,12 +25,12 @@ from ufo_ds import checkpoint, recipe_file
 from ufo_ds.data import audit_page, batch_picture, demo_shards, summary
 from ufo_ds.data.audit import Audit, BenchmarkPart, TrainPart, audit, counts_of
 from ufo_ds.data.source import open_sources
-from ufo_ds.errors import UserError
+from ufo_ds.errors import ArgumentParser, UserError
 from ufo_ds.recipe import Recipe
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="ufo data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         usage="ufo data RECIPE [--section.key VALUE ...] [--audit] [--out DIR] [--json]",
     )  # fmt: skip

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":  # started by its path: the repository, not this folder, is where packages are found
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from ufo_ds.errors import UserError, run
+from ufo_ds.errors import ArgumentParser, UserError, run
 
 if TYPE_CHECKING:  # these take seconds to import
     from ufo_ds.data.image_files import Images
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="ufo distill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

@@ -1,13 +1,22 @@
 """The exception for wrong input, and how an entry script ends on it."""
 
+import argparse
 import os
 import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(Exception):
     """Wrong input. The message is one line: the value, where it came from, what to do."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """One that raises :class:`UserError` on a wrong option, in place of its usage over many lines."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}: see {self.prog} --help")
 
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:

@@ -30,7 +30,7 @@ import torch
 from ufo_ds import checkpoint
 from ufo_ds.data import attributes
 from ufo_ds.data.source import TrainSource
-from ufo_ds.errors import UserError, run
+from ufo_ds.errors import ArgumentParser, UserError, run
 from ufo_ds.evaluation import benchmarks, outcomes, overlap, thresholds
 from ufo_ds.evaluation.features import FeatureFiles, Kind, Predictions, TaskImages, open_images, predict
 from ufo_ds.evaluation.outcomes import Outcomes
@@ -70,7 +70,7 @@ class Subject:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="ufo evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="a run directory (its best checkpoint), a checkpoint, or a model")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ufo_ds import checkpoint
-from ufo_ds.errors import UserError
+from ufo_ds.errors import ArgumentParser, UserError
 from ufo_ds.progress import Progress
 
 if TYPE_CHECKING:  # transformers takes seconds to import
@@ -27,7 +27,7 @@ ROUNDS = 20  # of calls whose time is measured
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="ufo export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path, help="of `ufo extract`, or a run directory or checkpoint with --task")

@@ -1,10 +1,10 @@
 """Add a task to a trained run, with little data and few new parameters; every other task stays the same to the bit.
 
-ufo extend runs/demo --data data_shards/flowers --protocol classification
-ufo extend runs/demo --data data_shards/flowers --protocol classification --fraction 0.1 --train norms ffn
-ufo extend runs/demo --data data_shards/bikes --protocol retrieval --like vehicles    # starts from that task's path
-ufo extend runs/demo --recipe mine.yaml --task flowers      # head, losses, augmentation and benchmarks of a recipe
-accelerate launch --num_processes 8 ufo_ds/extend.py runs/big --data data_shards/flowers --protocol classification
+ufo extend runs/mine --data data_shards/birds --protocol classification
+ufo extend runs/mine --data data_shards/birds --protocol classification --fraction 0.1 --train norms ffn
+ufo extend runs/mine --data data_shards/bikes --protocol retrieval --like person      # starts from that task's path
+ufo extend runs/mine --recipe new.yaml --task cats          # head, losses, augmentation and benchmarks of a recipe
+accelerate launch --num_processes 8 ufo_ds/extend.py runs/big --data data_shards/birds --protocol classification
 
 The task starts from the path that all tasks share. What it trains becomes a copy of its own, started from the one it
 replaces; the rest of its path stays shared, and frozen. It is written into the run's best checkpoint: `ufo evaluate`,
@@ -27,7 +27,7 @@ from ufo_ds import checkpoint, recipe_file
 from ufo_ds.checkpoint import Reader
 from ufo_ds.data.fraction import fraction_of
 from ufo_ds.data.source import TrainSource, open_sets
-from ufo_ds.errors import UserError, run
+from ufo_ds.errors import ArgumentParser, UserError, run
 from ufo_ds.evaluation import benchmarks, outcomes
 from ufo_ds.evaluation.features import open_images
 from ufo_ds.evaluation.outcomes import Outcomes
@@ -50,7 +50,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     Raises:
         UserError: options that do not go together.
     """
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="ufo extend", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("run", type=Path, help="a run directory (its best checkpoint), or one checkpoint")
@@ -76,7 +76,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fraction", type=float, default=1.0, help="of the training images or identities (default: 1)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of the training (default: {STEPS})")
     parser.add_argument("--lr", type=float, default=LR, help=f"highest learning rate (default: {LR:g})")
-    parser.add_argument("--batch_size", type=int, help="images in a step, over all processes")
+    parser.add_argument("--batch_size", type=int, help="images in a step, over all processes (default: as of --like)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--from_scratch", action="store_true",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ufo_ds import checkpoint
-from ufo_ds.errors import UserError
+from ufo_ds.errors import ArgumentParser, UserError
 from ufo_ds.model.loading import check_path, spec_of
 from ufo_ds.model.spec import SubnetSpec
 from ufo_ds.subnets import licences
@@ -19,7 +19,7 @@ from ufo_ds.subnets.certificate_images import certificate_images
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="ufo extract", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="a run directory (its best checkpoint), or one checkpoint")

@@ -1,7 +1,7 @@
 """Make an index of images, in which a model finds those most like another.
 
 ufo index glyphs-vit photos --out photos-index
-ufo index runs/demo data_shards/demo/glyphs-gallery --task glyphs --out glyphs-index --type hnsw
+ufo index runs/demo data_shards/demo/glyphs/gallery --task glyphs --out glyphs-index --type hnsw
 
 Then ufo predict MODEL IMAGE --index DIR. The label of an image is the first-level folder that it is in.
 """
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ufo_ds.data.image_files import Images, batches, open_images
-from ufo_ds.errors import UserError
+from ufo_ds.errors import ArgumentParser, UserError
 from ufo_ds.evaluation import search_index
 from ufo_ds.progress import Progress
 
@@ -28,9 +28,7 @@ SHOWN = 5  # names of images that cannot be read
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="ufo index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(prog="ufo index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="of `ufo extract`, or a run directory or checkpoint with --task")
     parser.add_argument("folder", help="images, in folders or not, or shards")
     parser.add_argument("--out", type=Path, required=True, help="directory to make")

@@ -1,6 +1,6 @@
 """Measure how long subnets take on this machine: a device profile, from which the time of any other is predicted.
 
-ufo latency runs/mine --task person --out phone.json                           # up to 40 subnets of model.elastic
+ufo latency runs/elastic --task person --out phone.json                        # up to 40 subnets of model.elastic
 ufo latency mine.yaml --task person --backend onnx --threads 4 --out phone.json
 ufo latency person-vit --batch_size 16         # one model, of ufo extract or distill; of ufo export by ONNX Runtime
 
@@ -18,7 +18,7 @@ from typing import Any, get_args
 import numpy as np
 
 from ufo_ds import recipe_file
-from ufo_ds.errors import UserError
+from ufo_ds.errors import ArgumentParser, UserError
 from ufo_ds.model.architecture import SearchSpace
 from ufo_ds.recipe import Recipe, only
 from ufo_ds.subnets import latency
@@ -26,7 +26,7 @@ from ufo_ds.subnets.latency import WORK, Measurement, Profile, Target
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="ufo latency", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     choices = {name: get_args(Target.__annotations__[name]) for name in ("backend", "device", "dtype")}

@@ -27,7 +27,7 @@ from ufo_ds.data.shards import ShardSet
 from ufo_ds.data.source import open_sets
 from ufo_ds.data.spaced_images import spaced_images
 from ufo_ds.devices import check_device
-from ufo_ds.errors import UserError
+from ufo_ds.errors import ArgumentParser, UserError
 from ufo_ds.model.loading import load_supernet, spec_of
 from ufo_ds.model.parameters import address_of
 from ufo_ds.progress import Progress
@@ -41,9 +41,7 @@ RESULT = "importance.json"
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="ufo order", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(prog="ufo order", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run directory (its best checkpoint), or one checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="directory to make: a checkpoint")
     parser.add_argument("--images", type=int, default=256, help="of each task, to measure on (default: %(default)s)")

@@ -17,7 +17,7 @@ from typing import Any
 from ufo_ds import recipe_file
 from ufo_ds.data import demo_shards
 from ufo_ds.data.source import open_sources
-from ufo_ds.errors import UserError
+from ufo_ds.errors import ArgumentParser, UserError
 from ufo_ds.model.architecture import Architecture
 from ufo_ds.model.cost import head_cost, path_cost
 from ufo_ds.model.starting import opening, starts_from_run
@@ -40,7 +40,7 @@ MEMORY_PARTS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="ufo plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--recipe", default="demo", help="a shipped recipe or a YAML file (default: demo)")

@@ -20,7 +20,7 @@ import torch
 
 from ufo_ds.data.image_files import read_image
 from ufo_ds.data.transforms import CorruptImage, evaluation_transform
-from ufo_ds.errors import UserError
+from ufo_ds.errors import ArgumentParser, UserError
 
 if TYPE_CHECKING:  # transformers and faiss take seconds to import
     from ufo_ds.evaluation.search_index import SearchIndex
@@ -30,7 +30,7 @@ BAR = 30  # characters of a probability of 1
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="ufo predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path, help="of `ufo extract`, or a run directory or checkpoint with --task")

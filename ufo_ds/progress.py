@@ -41,5 +41,6 @@ class Progress:
             rate = (self._done - self._done_before) / (now - self._began)
             left = tqdm.format_interval((self._total - self._done) / rate)
             name = f"{self._name}: " if self._name else ""
-            counts = f"{self._done} of {self._total} {self._unit}, {rate:.0f} {self._unit}/s, {left} left"
+            digits = ".0f" if rate >= 10 else ".2g"
+            counts = f"{self._done} of {self._total} {self._unit}, {rate:{digits}} {self._unit}/s, {left} left"
             print(f"{name}{counts}", file=sys.stderr, flush=True)

@@ -13,10 +13,11 @@ import json
 from pathlib import Path
 
 from ufo_ds import checkpoint
+from ufo_ds.errors import ArgumentParser
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="ufo remove", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="a run directory (its best checkpoint), or one checkpoint")

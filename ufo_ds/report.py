@@ -13,14 +13,14 @@ import sys
 from pathlib import Path
 
 from ufo_ds.checkpoint import write_text
-from ufo_ds.errors import UserError
+from ufo_ds.errors import ArgumentParser, UserError
 from ufo_ds.reporting import figures, page
 from ufo_ds.reporting.pictures import Pictures
 from ufo_ds.reporting.runs import read
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="ufo report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, the subject first")

@@ -1,10 +1,10 @@
 """Find the subnets of an elastic model that are best for what they cost: the front of accuracy against costs.
 
-ufo search runs/mine --task person --out person-front --limit parameters=4e6
-ufo search runs/mine --task person --out person-phone --profile phone.json --limit latency=3.5
-ufo search runs/mine --task person --task flowers --out both --limit parameters=8e6    # together, over shared copies
-ufo search runs/mine --task person --out person-front --recipe val.yaml    # chosen on other images than are reported
-ufo extract runs/mine --task person --spec person-front/front/NAME.json --out person-small
+ufo search runs/elastic --task person --out person-front --limit parameters=4e6
+ufo search runs/elastic --task person --out person-phone --profile phone.json --limit latency=3.5
+ufo search runs/elastic --task person --task flowers --out both --limit parameters=8e6    # together, over shared copies
+ufo search runs/elastic --task person --out person-front --recipe val.yaml    # chosen on other images than are reported
+ufo extract runs/elastic --task person --spec person-front/front/NAME.json --out person-small
 
 Subnets are truly evaluated, each by the main metric of a benchmark, so many as --evaluations says; which ones, a
 Gaussian process and NSGA-II choose. What is found best on a benchmark is best there partly by luck: take the images of
@@ -31,7 +31,7 @@ import torch
 
 from ufo_ds import checkpoint
 from ufo_ds.devices import check_device
-from ufo_ds.errors import UserError
+from ufo_ds.errors import ArgumentParser, UserError
 from ufo_ds.evaluation import benchmarks
 from ufo_ds.evaluation.features import FeatureFiles, TaskImages, open_images, predict
 from ufo_ds.evaluation.selection import select
@@ -51,7 +51,7 @@ LOW_IS_BETTER = ("eer", "threshold")  # metrics that are no aim, as those that e
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="ufo search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="a run directory (its best checkpoint), or one checkpoint")

@@ -7,7 +7,6 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import NoReturn
 
 from PIL import Image
 
@@ -15,7 +14,7 @@ from ufo_ds.data import open_small, shard_writer
 from ufo_ds.data.layouts import READERS, Layout
 from ufo_ds.data.shard_journal import check_absent
 from ufo_ds.data.shards import ShardSet, verify
-from ufo_ds.errors import UserError, run
+from ufo_ds.errors import ArgumentParser, run
 
 EXAMPLES = """examples:
   ufo shards folder clothing/train data_shards/clothing-train --licence CC0-1.0
@@ -28,11 +27,6 @@ EXAMPLES = """examples:
 UNKNOWN = "unknown"  # licence
 RAW = argparse.RawDescriptionHelpFormatter
 COUNTS = ("samples", "classes", "cameras", "shards", "pairs", "dropped_pairs", "corrupt")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}: see {self.prog} --help")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -105,7 +99,7 @@ def _summary(shard_set: ShardSet) -> dict[str, str | int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = ArgumentParser(
         prog="ufo shards",
         description="Make WebDataset shards of a public data set, or verify them.",
         epilog=EXAMPLES,

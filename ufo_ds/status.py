@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ufo_ds import checkpoint, recipe_file
-from ufo_ds.errors import UserError
+from ufo_ds.errors import ArgumentParser, UserError
 from ufo_ds.evaluation.benchmarks import table
 from ufo_ds.recipe import Recipe
 from ufo_ds.training.run_directory import STARTS, read_lines
@@ -58,7 +58,7 @@ class Status:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="ufo status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="a run directory")

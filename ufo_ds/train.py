@@ -18,7 +18,7 @@ if __name__ == "__main__":  # started by its path: the repository, not this fold
 
 from ufo_ds import recipe as recipes
 from ufo_ds import recipe_file
-from ufo_ds.errors import UserError, run
+from ufo_ds.errors import ArgumentParser, UserError, run
 from ufo_ds.parallel import config as configs
 from ufo_ds.parallel.launch import adopt_environment
 from ufo_ds.parallel.warning import WarningSignal, signal_named
@@ -30,8 +30,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[tu
     Raises:
         UserError: an option that is neither.
     """
-    parser = argparse.ArgumentParser(
-        prog="train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = ArgumentParser(
+        prog="ufo train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--recipe", default="demo", help="a shipped recipe or a YAML file (default: demo)")
     parser.add_argument("--task", action="append", help="only this task of the recipe (may be given several times)")

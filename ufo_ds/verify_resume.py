@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from ufo_ds import checkpoint, recipe_file
 from ufo_ds.data import demo_shards
 from ufo_ds.data.source import open_sources
-from ufo_ds.errors import UserError
+from ufo_ds.errors import ArgumentParser, UserError
 from ufo_ds.progress import Progress
 from ufo_ds.recipe import Recipe
 from ufo_ds.training.run_differences import differences
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parse(words: list[str] | None) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         usage="ufo verify resume [RUN | --recipe RECIPE [--section.key VALUE ...]] [options]", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         epilog="RUN is a run directory, from whose last checkpoint all go on. Any value of a recipe can be set.",

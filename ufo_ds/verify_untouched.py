@@ -18,7 +18,7 @@ from ufo_ds import checkpoint
 from ufo_ds.checkpoint import Reader
 from ufo_ds.data.evaluation_set import EvaluationSet
 from ufo_ds.data.shard_specs import is_here
-from ufo_ds.errors import UserError
+from ufo_ds.errors import ArgumentParser, UserError
 
 if TYPE_CHECKING:
     pass
@@ -27,7 +27,7 @@ IMAGES = 16  # of each task's benchmarks
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="ufo verify untouched", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="a run directory (its best checkpoint), or one checkpoint")

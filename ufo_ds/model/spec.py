@@ -71,7 +71,8 @@ class SubnetSpec:
         try:
             values = json.loads(path.read_text())
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path} is no subnet spec: {error}") from None
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"{path} is no subnet spec ({reason}): give one of `ufo search` or `ufo extract`") from None
         return cls.from_values(values, str(path))
 
 
