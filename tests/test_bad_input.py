@@ -252,6 +252,9 @@ def test_verbs(recipe, tmp_path, capsys):
         return error
 
     assert "no verb 'cut'" in error_of("cut")
+    for verb in cli.VERBS:
+        assert "--help" in error_of(verb, "a", "b", "--no_such_option") or verb == "verify"
+    assert "'speling' (choose from" in error_of("extend", "run", "--protocol", "speling")
     assert "no run directory" in error_of("evaluate", str(tmp_path))
     assert "no run directory" in error_of("extract", str(tmp_path), "--task", "a", "--out", str(tmp_path / "out"))
     assert "none" in error_of("shards", "folder", str(tmp_path / "none"), str(tmp_path / "out"))

@@ -2,7 +2,7 @@
 
 ufo search runs/elastic --task person --out person-front --limit parameters=4e6
 ufo search runs/elastic --task person --out person-phone --profile phone.json --limit latency=3.5
-ufo search runs/elastic --task person --task flowers --out both --limit parameters=8e6    # together, over shared copies
+ufo search runs/elastic --task person --task flowers --out both-front --limit parameters=8e6    # over shared copies
 ufo search runs/elastic --task person --out person-front --recipe val.yaml    # chosen on other images than are reported
 ufo extract runs/elastic --task person --spec person-front/front/NAME.json --out person-small
 
