@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="ufo index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path, help="of `ufo extract`, or a run directory or checkpoint with --task")
+    parser.add_argument("model", type=Path, help="one task's model, or a run directory or checkpoint with --task")
     parser.add_argument("folder", help="images, in folders or not, or shards")
     parser.add_argument("--out", type=Path, required=True, help="directory to make")
     parser.add_argument("--task", help="of a run with several")
