@@ -343,7 +343,7 @@ def test_bad_input_is_one_line(tmp_path, elastic, exported, capsys, monkeypatch)
     (tmp_path / "text.png").write_text("no image")
     for arguments, message in [
         ((source, "--out", tmp_path), "exists: choose another"),
-        ((tmp_path / "nothing", "--out", out), "neither a model of `ufo extract`"),
+        ((tmp_path / "nothing", "--out", out), "neither a model nor"),
         ((elastic, "--out", out), "has the tasks digits, glyphs: choose one with --task"),
         ((elastic, "--task", "letters", "--out", out), "no task 'letters'"),
         ((source, "--task", "glyphs", "--out", out), "is a model of task 'digits'"),

@@ -1,9 +1,14 @@
 """Students: sizes of the published networks, inputs small and odd, and the same outputs wherever they are loaded."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForImageClassification
 
+from tests.small_run import CLASSES, make_recipe
+from ufo_ds.checkpoint import write_text
+from ufo_ds.errors import UserError
 from ufo_ds.model.mobilenet_v3 import LARGE, SMALL, MobileNetV3, SqueezeExcite
 from ufo_ds.model.students import (
     STUDENTS,
@@ -13,6 +18,10 @@ from ufo_ds.model.students import (
     stride_of,
     unfit,
 )
+from ufo_ds.recipe import only
+from ufo_ds.recipe_file import to_yaml
+from ufo_ds.subnets.extraction import image_processor
+from ufo_ds.subnets.student_model import StudentModel
 
 
 def make(backbone, **values):
@@ -166,3 +175,27 @@ def test_saved_and_loaded_it_says_the_same_to_the_bit(tmp_path, backbone):
         assert torch.equal(found.logits, wanted.logits)
         assert found.logits.shape == (3, 3)
         assert loaded.config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("width", 1e6), ("width", float("inf")), ("width", float("nan")), ("width", -1), ("embedding_size", 10**12),
+     ("embedding_size", -1), ("backbone", "vit_small"), ("backbone", "gpt"), ("image_size", [16]),
+     ("image_size", [10**6, 10**6]), ("image_size", "x"), ("id2label", {"0": "zero"}), ("id2label", {"5": "zero"}),
+     ("classify", False)],
+)  # fmt: skip
+def test_a_config_of_other_sizes_than_the_weights_is_refused_before_anything_is_made(tmp_path, key, value):
+    recipe = only(make_recipe(), ["digits"])
+    names = dict(enumerate(CLASSES["digits"]))
+    student = make("mobilenet_v3_small", width=0.25, image_size=[16, 16], embedding_size=16, classify=True,
+                   id2label=names, label2id={name: i for i, name in names.items()})  # fmt: skip
+    student.save_pretrained(tmp_path)
+    image_processor(recipe, recipe.tasks[0]).save_pretrained(tmp_path)
+    write_text(tmp_path / "recipe.yaml", to_yaml(recipe))
+    assert StudentModel.load(tmp_path).classes == CLASSES["digits"]
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(UserError) as error:
+        StudentModel.load(tmp_path)
+    assert "\n" not in str(error.value)
+    assert str(tmp_path) in str(error.value)

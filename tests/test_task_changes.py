@@ -1,5 +1,6 @@
 """A task less in a run, and what both changes have in common: proofs, kills, wrong input."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 
 from tests.added_task import OTHERS, add, directory_of, files_of, make_run, make_shards, outputs, same, state_of
 from tests.small_run import make_model, make_recipe, write_checkpoint
-from ufo_ds import checkpoint, extend, extract, remove, verify_untouched
+from ufo_ds import checkpoint, extend, extract, recipe_file, remove, verify_untouched
 from ufo_ds.checkpoint import Reader
 from ufo_ds.errors import UserError
 from ufo_ds.model.loading import spec_of
@@ -169,6 +170,113 @@ def test_a_kill_before_the_index_is_there_leaves_the_old_one(run, shards, monkey
     act()  # what is left over does not matter
     Reader(directory_of(run)).verify()
     assert same(state_of(run, "glyphs"), before["glyphs"])
+
+
+@pytest.mark.parametrize("change", ["extend", "remove"])
+def test_what_a_kill_after_the_index_left_undone_is_done_by_the_next_change(run, shards, monkeypatch, change):
+    class Killed(BaseException):
+        pass
+
+    def kill(*_):
+        raise Killed
+
+    settle, calls = task_changes.settle, []
+
+    def settle_once(directory):  # before a change, and not after it
+        calls.append(directory)
+        (settle if len(calls) == 1 else kill)(directory)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(task_changes, "settle", settle_once)
+        with pytest.raises(Killed):
+            add(run, shards) if change == "extend" else remove.main([str(run), "--task", "digits"])
+    left = [*OTHERS, "colours"] if change == "extend" else ["glyphs"]
+    assert [task.name for task in Reader(directory_of(run)).recipe.tasks] == left
+    assert [task.name for task in recipe_file.load(str(run / "recipe.yaml")).tasks] == OTHERS
+    with task_changes.held(directory_of(run)):
+        pass
+    assert [task.name for task in recipe_file.load(str(run / "recipe.yaml")).tasks] == left
+    used = {entry["name"] for entry in Reader(directory_of(run)).index.files}
+    assert {file.name for file in directory_of(run).glob("*.safetensors")} == used
+
+
+def test_a_full_disk_leaves_no_part_of_a_file(run, shards, monkeypatch):
+    wanted = files_of(directory_of(run))
+
+    def fill_up(path, *_):
+        path.write_bytes(b"a part of it")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(task_changes, "write_tensors", fill_up)
+    for change in (lambda: add(run, shards), lambda: remove.main([str(run), "--task", "digits"])):
+        with pytest.raises(UserError, match="No space left on device: make room"):
+            change()
+        assert files_of(directory_of(run)) == wanted
+
+
+def test_another_checkpoint_than_the_best_leaves_the_recipe(run, shards):
+    best = directory_of(run)
+    last = Path(shutil.copytree(best, best.with_name("step-00000020")))
+    checkpoint.write_best(best.parent, 10, "digits/digits/top1", 0.9)
+    recipe = (run / "recipe.yaml").read_text()
+    add(last, shards)
+    assert (run / "recipe.yaml").read_text() == recipe
+    add(run, shards)
+    assert [task.name for task in recipe_file.load(str(run / "recipe.yaml")).tasks] == [*OTHERS, "colours"]
+    remove.main([str(last), "--task", "colours"])
+    assert [task.name for task in recipe_file.load(str(run / "recipe.yaml")).tasks] == [*OTHERS, "colours"]
+
+
+def test_the_name_of_a_removed_task_keeps_its_licences(run, shards):
+    remove.main([str(run), "--task", "digits"])
+    with pytest.raises(UserError, match=r"^[^\n]*--task 'digits' was removed[^\n]*choose another$"):
+        add(run, shards, "--task", "digits")
+    add(run, shards, "--like", "glyphs")
+    add(run, shards, "--like", "colours", "--task", "hues")
+    remove.main([str(run), "--task", "colours"])
+    with pytest.raises(UserError, match="--task 'colours' was removed"):
+        add(run, shards)
+    remove.main([str(run), "--task", "hues"])
+    add(run, shards, "--like", "glyphs")  # nothing is left that learned from it
+    index = Reader(directory_of(run)).index
+    assert index.added.keys() == {"colours"}
+    assert index.licences == {"digits": ["MIT"], "glyphs": ["CC BY-NC 4.0"], "colours": ["none"]}
+
+
+def test_licences_that_are_not_known_are_not_forgotten(tmp_path, model):
+    write_checkpoint(tmp_path / "run" / "checkpoints", model, apart="glyphs")
+    remove.main([str(tmp_path / "run"), "--task", "digits"])
+    reader = Reader(directory_of(tmp_path / "run"))
+    found = licences.behind(reader.index, reader.recipe, spec_of(reader, "glyphs"))
+    assert found == {"digits": ["unknown"], "glyphs": ["unknown"]}
+
+
+def test_routes_learned_to_be_shared_outlive_the_last_own_copy(tmp_path, shards):
+    recipe = make_recipe(routes={"embed": "shared", "ffn": "learned"})
+    tasks = [dataclasses.replace(task, routes={"ffn": "learned"}) for task in recipe.tasks]
+    model = make_model(make_recipe(routes={"embed": "shared"}, experts=["ffn", "embed"]))
+    for task, ffn in zip(OTHERS, ["own", "shared"], strict=True):
+        model.set_routes({task: {**model.routes[task], "embed": ("shared",), "ffn": (ffn,) * 2}})
+    for task in OTHERS:
+        for block in model.blocks:
+            if model.routes[task]["ffn"][0] == "shared" and block.ffn.own is not None and task in block.ffn.own:
+                del block.ffn.own[task]
+    model.recipe = dataclasses.replace(recipe, tasks=tasks)
+    run = tmp_path / "run"
+    write_checkpoint(run / "checkpoints", model, apart="glyphs")
+    wanted = outputs(run, "glyphs")
+    remove.main([str(run), "--task", "digits"])
+    assert all(torch.equal(a, b) for a, b in zip(outputs(run, "glyphs"), wanted, strict=True))
+
+
+def test_a_damaged_record_is_said(run, shards):
+    add(run, shards)
+    record = directory_of(run) / untouched.CHANGES
+    whole = record.read_bytes()
+    for content in (b"", whole[:-50], whole + b"{}\n", whole + b"5\n", whole + b"\xff\n", b"[" * 100_000):
+        record.write_bytes(content)
+        with pytest.raises(UserError, match=r"^the last line of [^\n]*changes.jsonl is damaged[^\n]*$"):
+            verify_untouched.main([str(run)])
 
 
 def test_bad_input(run, shards, tmp_path):

@@ -178,8 +178,8 @@ def test_the_wrong_task_place_or_device_is_refused(tmp_path, run, extracted):
         ((extracted / "digits", "glyphs"), "--task glyphs: .* is a model of task 'digits'"),
         ((run, None), "has the tasks digits, glyphs: choose one with --task"),
         ((run, "letters"), "no task 'letters'"),
-        ((tmp_path, None), "neither a model of `ufo extract` nor a run directory"),
-        ((tmp_path / "nothing", None), "neither a model of `ufo extract` nor a run directory"),
+        ((tmp_path, None), "neither a model nor a run directory"),
+        ((tmp_path / "nothing", None), "neither a model nor a run directory"),
         ((run, "digits", "toaster"), "--device 'toaster' cannot be used"),
     ]:
         with pytest.raises(UserError, match=rf"^[^\n]*{message}[^\n]*$"):

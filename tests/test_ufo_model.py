@@ -305,7 +305,7 @@ def test_the_wrong_place_task_or_device_is_refused(tmp_path, run, extracted):
     for arguments, message in [
         ((tmp_path,), "is no run directory with a checkpoint"),
         ((tmp_path / "nothing",), "is no run directory with a checkpoint"),
-        ((extracted / "digits",), "is a model of one task: open it with transformers"),
+        ((extracted / "digits",), "is a model of one task: its README.md says how"),
         ((run, ["digits", "letters"]), "no task 'letters' in test; it has digits, glyphs"),
         ((run, []), "tasks: none"),
         ((run, None, "toaster"), "device 'toaster' cannot be used"),

@@ -12,7 +12,7 @@ VERBS = {
     "status": "how far a run is, from its files alone: speed, time left, checkpoint, restarts, metrics",
     "plan": "say what a run would need: memory, FLOPs, traffic and time a step, on any number of GPUs",
     "verify": "proofs that anybody can run: a checkpoint goes on at any other topology, a change left tasks untouched",
-    "evaluate": "run the benchmarks of a trained run or of an extracted model",
+    "evaluate": "run the benchmarks of a trained run or of one model",
     "report": "the results of runs as one page: metrics with intervals, curves, pictures, routes, costs",
     "compare": "compare two recipes by their runs, with intervals over seeds and test items",
     "order": "sort a run's heads and channels by importance, so that leading slices keep what matters",

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(
         prog="ufo export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path, help="of `ufo extract`, or a run directory or checkpoint with --task")
+    parser.add_argument("model", type=Path, help="extracted or distilled, or a run directory or checkpoint with --task")
     parser.add_argument("--task", help="of a run with several")
     parser.add_argument("--out", type=Path, required=True, help="directory to make")
     parser.add_argument("--int8", action="store_true", help="also an int8 version, in OUT/int8")

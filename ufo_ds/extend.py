@@ -111,14 +111,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     options = parse_arguments(argv)
     directory = checkpoint.of_run(options.run)
-    reader = Reader(directory)
-    task_changes.check_changeable(reader)
 
     from ufo_ds.training import extension  # accelerate takes seconds to import
 
     accelerator = extension.start_accelerate(options.device, options.mixed_precision)
     with task_changes.held(directory) if accelerator.is_main_process else contextlib.nullcontext():
         ranks.wait_for_all()
+        reader = Reader(directory)  # not before: another process may just have changed it
         recipe, source, path, taken = prepare(options, reader)
         (task,) = recipe.tasks
         images = open_images(recipe)
@@ -169,6 +168,7 @@ def prepare(options: argparse.Namespace, reader: Reader) -> tuple[Recipe, TrainS
         template = new_task.template_of(whole, options.protocol, options.like)
         task = new_task.make_task(name, options.data, options.protocol, whole, template)
         taken += _taken(task, options, template)
+    task_changes.check_name(reader.index, task.name)
     if options.from_scratch:
         path = extension_path.everything(whole)
     else:

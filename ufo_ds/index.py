@@ -29,7 +29,7 @@ SHOWN = 5  # names of images that cannot be read
 
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="ufo index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="of `ufo extract`, or a run directory or checkpoint with --task")
+    parser.add_argument("model", type=Path, help="one task's model, or a run directory or checkpoint with --task")
     parser.add_argument("folder", help="images, in folders or not, or shards")
     parser.add_argument("--out", type=Path, required=True, help="directory to make")
     parser.add_argument("--task", help="of a run with several")

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(
         prog="ufo predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path, help="of `ufo extract`, or a run directory or checkpoint with --task")
+    parser.add_argument("model", type=Path, help="a model, or a run directory or checkpoint with --task")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="one, or two to compare")
     parser.add_argument("--task", help="of a run with several")
     parser.add_argument("--index", type=Path, help="of `ufo index` with this model: show what is nearest")
@@ -208,5 +208,5 @@ def _finite(model: "TaskModel", values: torch.Tensor) -> torch.Tensor:
         UserError: a value is no number.
     """
     if not values.isfinite().all():
-        raise UserError(f"{model.name} gives values that are no numbers: train or extract it again")
+        raise UserError(f"{model.name} gives values that are no numbers: train or make it again")
     return values

@@ -12,16 +12,13 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ufo_ds import checkpoint
 from ufo_ds.checkpoint import Reader
 from ufo_ds.data.evaluation_set import EvaluationSet
 from ufo_ds.data.shard_specs import is_here
 from ufo_ds.errors import ArgumentParser, UserError
-
-if TYPE_CHECKING:
-    pass
 
 IMAGES = 16  # of each task's benchmarks
 
@@ -49,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
 def _with_record(reader: Reader) -> dict[str, Any]:
     """
     Raises:
-        UserError: there is no record.
+        UserError: there is no record, or it is damaged.
     """
     from ufo_ds.subnets import untouched  # takes seconds to import
 

@@ -10,6 +10,7 @@ The key is a digest of all that the rows follow from: the teachers to the bit, t
 Rows are written in order, so that the size of a file says how many are done, and a restart goes on behind them.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -56,11 +57,22 @@ class TeacherCache:
         return min(sizes)
 
     def fill(self, teachers: Teachers, views: Views, workers: int, corrupt: Corrupt) -> None:
-        """Compute the rows that are not there; in one process alone.
+        """Compute the rows that are not there; in one process alone. Another that fills the same cache is waited for.
 
         Raises:
             UserError: no room, no image can be read, or too many cannot.
         """
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with (self.directory / ".lock").open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self._fill(teachers, views, workers, corrupt)
+        except OSError as error:
+            raise UserError(
+                f"--cache {self.directory}: {error.strerror}: choose one with room that you can write to"
+            ) from None
+
+    def _fill(self, teachers: Teachers, views: Views, workers: int, corrupt: Corrupt) -> None:
         # Whole batches, so that rows are those of an uninterrupted pass to the bit.
         batches, begin = -(-self.rows // BATCH), min(self.done, self.rows) // BATCH
         if self.done >= self.rows:
@@ -69,27 +81,21 @@ class TeacherCache:
             InOrder(views, BATCH), batch_size=None, sampler=range(begin, batches), num_workers=workers,
             generator=torch.Generator(),
         )  # fmt: skip
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            write_text(self.directory / "about.json", self._about + "\n")
-            with Progress(batches, done=begin, unit="batches", name="what the teacher says") as progress:
-                for name, width in self._files.items():
-                    path = self.directory / name
-                    path.touch()
-                    os.truncate(path, begin * BATCH * width * 4)
-                files = [(self.directory / name).open("ab") for name in self._files]
-                for batch in loader:
-                    corrupt.add(batch.skipped)
-                    for file, rows in zip(files, teachers.of(batch.pixels), strict=False):
-                        file.write(rows.numpy().astype(np.float32).tobytes())
-                        file.flush()
-                    progress.update()
-                for file in files:
-                    file.close()
-        except OSError as error:
-            raise UserError(
-                f"--cache {self.directory}: {error.strerror}: choose one with room that you can write to"
-            ) from None
+        write_text(self.directory / "about.json", self._about + "\n")
+        with Progress(batches, done=begin, unit="batches", name="what the teacher says") as progress:
+            for name, width in self._files.items():
+                path = self.directory / name
+                path.touch()
+                os.truncate(path, begin * BATCH * width * 4)
+            files = [(self.directory / name).open("ab") for name in self._files]
+            for batch in loader:
+                corrupt.add(batch.skipped)
+                for file, rows in zip(files, teachers.of(batch.pixels), strict=False):
+                    file.write(rows.numpy().astype(np.float32).tobytes())
+                    file.flush()
+                progress.update()
+            for file in files:
+                file.close()
 
     def read(self, numbers: np.ndarray) -> Taught:
         """Rows of views."""

@@ -68,6 +68,8 @@ class UfoStudentConfig(PreTrainedConfig):
             raise ValueError(f"no backbone {self.backbone!r}: one of {', '.join(STUDENTS)}")
         if self.width <= 0:
             raise ValueError(f"width {self.width}: give one above 0")
+        if len(self.image_size) != 2 or min(self.image_size) < 1:
+            raise ValueError(f"image_size {self.image_size}: give height and width")
         if fault := unfit(self.backbone, (self.image_size[0], self.image_size[1])):
             raise ValueError(fault)
 

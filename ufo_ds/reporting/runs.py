@@ -123,10 +123,10 @@ def _records(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _classes(path: Path) -> dict[str, list[str]]:
-    found = checkpoint.find(path / "checkpoints")
-    if not found:
+    if not checkpoint.find(path / "checkpoints"):
         return {}
+    best = checkpoint.of_run(path)  # which has the tasks that were added later
     try:
-        return json.loads((found[-1] / checkpoint.INDEX).read_text())["classes"]
+        return json.loads((best / checkpoint.INDEX).read_text())["classes"]
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{found[-1]} is no checkpoint: {error}") from None
+        raise UserError(f"{best} is no checkpoint: {error}") from None

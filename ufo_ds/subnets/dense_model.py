@@ -118,7 +118,7 @@ def load_whole(auto: Any, path: Path) -> Any:
     )
     missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if missing:
-        raise UserError(f"{path} has no weights for {missing[0]} of its architecture: extract it again")
+        raise UserError(f"{path} has no weights for {missing[0]} of its architecture: make it again")
     return model
 
 
@@ -131,13 +131,13 @@ def check_preprocessing(path: Path, recipe: Recipe) -> None:
         stated = json.loads((path / PROCESSOR).read_text())
         assert isinstance(stated, dict)
     except (OSError, ValueError, RecursionError, AssertionError):
-        raise UserError(f"{path / PROCESSOR} is missing or no image processor: extract the model again") from None
+        raise UserError(f"{path / PROCESSOR} is missing or no image processor: make the model again") from None
     wanted = json.loads(image_processor(recipe, recipe.tasks[0]).to_json_string())
     for key in {**wanted, **stated}:
         if stated.get(key) != wanted.get(key):
             raise UserError(
                 f"{path / PROCESSOR}: {key} is {stated.get(key)!r}, the task's recipe says {wanted.get(key)!r}: "
-                "restore it or extract the model again"
+                "restore it or make the model again"
             )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
@@ -21,6 +21,8 @@ from ufo_ds.model.students import UfoStudentConfig, UfoStudentModel
 from ufo_ds.recipe import Recipe
 from ufo_ds.subnets.dense_model import CONFIG, check_preprocessing, load_whole, quiet
 from ufo_ds.subnets.extraction import RECIPE
+
+WEIGHTS = "model.safetensors"
 
 
 class StudentNetwork(nn.Module):
@@ -83,8 +85,17 @@ class StudentModel:
                             f"{path / CONFIG}: {key} is {stated!r}, the task's recipe says {wanted!r}: restore it or "
                             "make the student again"
                         )
+                _check_shapes(path, config)
                 student = load_whole(AutoModel, path)
-        except (OSError, ValueError, TypeError, RuntimeError, StrictDataclassError, SafetensorError) as error:
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            RuntimeError,
+            OverflowError,
+            StrictDataclassError,
+            SafetensorError,
+        ) as error:
             raise UserError(f"{path} does not load: {str(error).splitlines()[0]}: make it again") from None
         classes = [config.id2label[label] for label in range(len(config.id2label))] if config.classify else []
         state = {name: value.detach().cpu() for name, value in student.state_dict().items()}
@@ -99,6 +110,24 @@ class StudentModel:
             "image_size": list(config.image_size), "embedding_size": config.embedding_size,
             "classify": config.classify,
         }  # fmt: skip
+
+
+def _check_shapes(path: Path, config: UfoStudentConfig) -> None:
+    """Before anything of the sizes in a config is made: they are those of the weights.
+
+    Raises:
+        UserError: they are not.
+    """
+    with torch.device("meta"):
+        wanted = {name: list(value.shape) for name, value in UfoStudentModel(config).state_dict().items()}
+    with safe_open(path / WEIGHTS, framework="pt") as file:
+        found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    for name in wanted:
+        if wanted[name] != found.get(name):
+            raise UserError(
+                f"{path / CONFIG}: its sizes give {name} {wanted[name]}, {WEIGHTS} has {found.get(name, 'none')}: "
+                "restore it or make the student again"
+            )
 
 
 def is_student(path: Path) -> bool:

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ufo_ds import checkpoint, recipe_file
 from ufo_ds.checkpoint import INDEX, Index, Parameter, Reader, checksum, write_tensors
 from ufo_ds.errors import UserError
 from ufo_ds.model.parameters import address_of
+from ufo_ds.model.spec import routes_of
 from ufo_ds.recipe import Recipe, only
 from ufo_ds.recipe_file import dump, parse
 from ufo_ds.recipe_task import Task, Unit
@@ -46,10 +47,12 @@ def with_task(recipe: Recipe, task: Task, units: list[Unit]) -> Recipe:
     return parse(values, f"task {task.name}")
 
 
-def without_task(recipe: Recipe, name: str, experts: list[Unit]) -> Recipe:
-    """The recipe without a task, and with own copies of these units alone."""
+def without_task(recipe: Recipe, name: str) -> Recipe:
+    """The recipe without a task, and without experts of the units that all others share."""
     left = only(recipe, [task.name for task in recipe.tasks if task.name != name])
     given = recipe.model.input if recipe.tasks[0].name != name else left.model.input
+    asked = [routes_of(left, task.name) for task in left.tasks]
+    experts = [unit for unit in recipe.model.experts if any({*of_task[unit]} != {"shared"} for of_task in asked)]
     dropped = [unit for unit in recipe.model.experts if unit not in experts]  # their routes say nothing any more
     routes: dict[Any, Any] = {unit: route for unit, route in recipe.model.routes.items() if unit not in dropped}
     recipe = left
@@ -69,7 +72,7 @@ def held(directory: Path) -> Iterator[None]:
     """Keep a checkpoint, and the run that it is of, from training and other changes.
 
     Raises:
-        UserError: no permission to write there, or it is held by another process.
+        UserError: no permission to write there, or it is held by another process, or see :func:`check_changeable`.
     """
     run = run_of(directory)
     try:
@@ -87,6 +90,8 @@ def held(directory: Path) -> Iterator[None]:
             raise UserError(
                 f"{run or directory}: another process trains or changes it: wait until it is done"
             ) from None
+        check_changeable(Reader(directory))
+        settle(directory)
         yield
 
 
@@ -105,6 +110,18 @@ def check_changeable(reader: Reader) -> None:
         raise UserError(
             f"{reader.directory} holds subnets of {', '.join(reader.index.specs)} and no whole model: change the run "
             "that they are of, and extract them again"
+        )
+
+
+def check_name(index: Index, task: str) -> None:
+    """
+    Raises:
+        UserError: the name is that of a task that was removed, but of which something is left.
+    """
+    if task in {*index.removed, *index.added} - {t["name"] for t in index.recipe["tasks"]}:
+        raise UserError(
+            f"--task {task!r} was removed, but what is left has learned from its images, whose licences are kept by "
+            "that name: choose another"
         )
 
 
@@ -128,6 +145,7 @@ def add(
     reader = Reader(directory)
     check_changeable(reader)
     index = Reader(directory).index
+    check_name(index, task.name)
     index.recipe = dump(with_task(reader.recipe, task, units))
     flat = {f"{name}|weight": tensor.flatten() for name, tensor in tensors.items()} | dict(buffers)
     number = len(index.files)
@@ -137,7 +155,6 @@ def add(
     index.classes[task.name], index.licences[task.name] = classes, licences
     index.routes[task.name] = {unit: list(layers) for unit, layers in routes.items()}
     index.added[task.name] = about
-    index.removed = [name for name in index.removed if name != task.name]
     index.metrics |= metrics
     path = directory / _free_name(index, f"task-{task.name}")
     with _writing(directory):
@@ -145,7 +162,6 @@ def add(
         shapes = {key: tensor.shape for key, tensor in flat.items()}
         entry = write_tensors(path, shapes, flat.values(), checksums)
         _publish(reader, index, [*index.files, entry], "extend", task.name)
-    _rewrite_recipe(directory, lambda recipe: with_task(recipe, task, units))
 
 
 def remove(directory: Path, task: str) -> None:
@@ -168,21 +184,10 @@ def remove(directory: Path, task: str) -> None:
     gone |= {key for key in index.buffers if address_of(key.split("|")[0]).owner == task}
     index.parameters = {name: p for name, p in index.parameters.items() if name not in gone}
     index.buffers = {key: file for key, file in index.buffers.items() if key not in gone}
-    experts = [u for u in reader.recipe.model.experts if any(_is_own(name, u) for name in index.parameters)]
-    index.recipe = dump(without_task(reader.recipe, task, experts))
+    index.recipe = dump(without_task(reader.recipe, task))
     _forget(index, task)
     with _writing(directory):
-        files, old = _without(reader, index, gone)
-        _publish(reader, index, files, "remove", task)
-    for name in old:
-        (directory / name).unlink()
-    checkpoint.sync_directory(directory)
-    _rewrite_recipe(directory, lambda recipe: without_task(recipe, task, experts))
-
-
-def _is_own(name: str, unit: str) -> bool:
-    address = address_of(name)
-    return address.owner is not None and address.unit == unit
+        _publish(reader, index, _without(reader, index, gone), "remove", task)
 
 
 def _forget(index: Index, task: str) -> None:
@@ -191,10 +196,13 @@ def _forget(index: Index, task: str) -> None:
         values.pop(task, None)
     index.metrics = {key: value for key, value in index.metrics.items() if not key.startswith(f"{task}/")}
     if task in index.added:  # no part of what training goes on with
-        if not any(task in about["behind"] for about in index.added.values()):
-            del index.added[task]
-            index.licences.pop(task, None)
+        there = {t["name"] for t in index.recipe["tasks"]}
+        behind = {name for t, about in index.added.items() if t in there for name in about["behind"]}
+        for name in index.added.keys() - there - behind:
+            del index.added[name]
+            index.licences.pop(name, None)
         return
+    index.licences.setdefault(task, [])  # what others share has learned from its images, whatever their licence
     index.router = {
         key: {t: v for t, v in value.items() if t != task} if isinstance(value, dict) else value
         for key, value in index.router.items()
@@ -203,15 +211,12 @@ def _forget(index: Index, task: str) -> None:
     index.removed.append(task)
 
 
-def _without(reader: Reader, index: Index, gone: set[str]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Write anew the files that hold something of what is gone; the files then, by which ``index`` is numbered, and
-    those not used any more."""
-    number, files, old = dict[int, int](), list[dict[str, Any]](), list[str]()
+def _without(reader: Reader, index: Index, gone: set[str]) -> list[dict[str, Any]]:
+    """Write anew the files that hold something of what is gone; the files then, by which ``index`` is numbered."""
+    number, files = dict[int, int](), list[dict[str, Any]]()
     for i, entry in enumerate(reader.index.files):
         tensors, checksums = reader.contents(i)
         kept = [key for key in tensors if key not in gone and key.rsplit("|", 1)[0] not in gone]
-        if len(kept) < len(tensors):
-            old.append(entry["name"])
         if not kept and tensors:
             continue
         number[i] = len(files)
@@ -227,7 +232,7 @@ def _without(reader: Reader, index: Index, gone: set[str]) -> tuple[list[dict[st
     for parameter in index.parameters.values():
         parameter.pieces = [(number[file], start, length) for file, start, length in parameter.pieces]
     index.buffers = {key: number[file] for key, file in index.buffers.items()}
-    return files, old
+    return files
 
 
 def _free_name(index: Index, stem: str) -> str:
@@ -241,12 +246,10 @@ def _publish(reader: Reader, index: Index, files: list[dict[str, Any]], change: 
     """Have the index replace that of the reader, if all tasks that both have are the same.
 
     Raises:
-        UserError: one is not; the files that are new are deleted.
+        UserError: one is not.
     """
     directory, staged = reader.directory, reader.directory / STAGED
-    new = {entry["name"] for entry in files} - {entry["name"] for entry in reader.index.files}
     others = [t.name for t in reader.recipe.tasks if t.name != task]
-    published = False
     try:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir()
@@ -257,30 +260,45 @@ def _publish(reader: Reader, index: Index, files: list[dict[str, Any]], change: 
         difference = untouched.first_difference(Reader(staged), before, after)
         if difference is not None:
             raise UserError(f"{directory}: {change} of {task} is not published, as {difference}: nothing has changed")
-        with (directory / untouched.CHANGES).open("a") as changes:
-            print(json.dumps(untouched.line(change, task, after)), file=changes)
+        changes = directory / untouched.CHANGES
+        earlier = changes.read_bytes() if changes.is_file() else b""
+        line = json.dumps(untouched.line(change, task, after))
+        checkpoint.write_bytes(changes, earlier + f"{line}\n".encode())
         os.replace(staged / INDEX, directory / INDEX)
-        published = True
         checkpoint.sync_directory(directory)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-        for name in () if published else new:
-            (directory / name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def _writing(directory: Path) -> Iterator[None]:
+    """Write files that an index may take in; in the end those that it does not have are gone."""
     try:
-        yield
+        try:
+            yield
+        finally:
+            settle(directory)
     except OSError as error:
         raise UserError(
-            f"{directory}: {error.strerror}: make room or get permission to write there; nothing has changed"
+            f"{directory}: {error.strerror}: make room or get permission to write there, and try again"
         ) from None
 
 
-def _rewrite_recipe(directory: Path, change: Callable[[Recipe], Recipe]) -> None:
-    """Of the run that the checkpoint is of, from which `ufo status` and `ufo report` know its tasks."""
+def settle(directory: Path) -> None:
+    """Finish what a kill may have left undone: delete the files of weights that the index does not have (any more), and
+    have the recipe of the run, from which `ufo status` and `ufo report` know its tasks, name those of its best
+    checkpoint."""
+    reader = Reader(directory)
+    used = {entry["name"] for entry in reader.index.files}
+    for pattern in ("rank-*.safetensors", "task-*.safetensors"):
+        for file in directory.glob(pattern):
+            if file.name not in used:
+                file.unlink()
+    checkpoint.sync_directory(directory)
     run = run_of(directory)
-    if run is not None and (run / "recipe.yaml").is_file():
-        recipe = change(recipe_file.load(str(run / "recipe.yaml")))
-        checkpoint.write_text(run / "recipe.yaml", recipe_file.to_yaml(recipe))
+    if run is None or not (run / "recipe.yaml").is_file() or checkpoint.of_run(run).name != directory.name:
+        return
+    recipe, found = recipe_file.load(str(run / "recipe.yaml")), reader.recipe
+    if [task.name for task in recipe.tasks] != [task.name for task in found.tasks]:
+        stays = {name: getattr(recipe, name) for name in ("schedule", "guard", "checkpoint", "logging")}
+        checkpoint.write_text(run / "recipe.yaml", recipe_file.to_yaml(dataclasses.replace(found, **stays)))

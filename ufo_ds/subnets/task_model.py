@@ -113,7 +113,7 @@ def open_model(path: Path, task: str | None = None, device: str = "cpu") -> Task
             )
         return model
     if not (path / checkpoint.INDEX).is_file() and not checkpoint.find(path / "checkpoints"):
-        raise UserError(f"{path} is neither a model of `ufo extract` nor a run directory with a checkpoint")
+        raise UserError(f"{path} is neither a model nor a run directory with a checkpoint")
     reader = checkpoint.Reader(checkpoint.of_run(path))
     names = [t.name for t in reader.recipe.tasks]
     if task is None and len(names) > 1:

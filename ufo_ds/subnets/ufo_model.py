@@ -79,7 +79,7 @@ class UfoModel(nn.Module):
         check_device(device, "device")
         path = Path(path)
         if is_model(path):
-            raise UserError(f"{path} is a model of one task: open it with transformers, AutoModel.from_pretrained")
+            raise UserError(f"{path} is a model of one task: its README.md says how to open it")
         reader = checkpoint.Reader(checkpoint.of_run(path))
         wanted = [tasks] if isinstance(tasks, str) else tasks
         if wanted is not None and not wanted:

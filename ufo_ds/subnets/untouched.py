@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ufo_ds.checkpoint import Reader
+from ufo_ds.errors import UserError
 from ufo_ds.model.dense import path_names
 from ufo_ds.model.loading import spec_of
 from ufo_ds.model.spec import SubnetSpec
@@ -134,12 +135,24 @@ def digests_of_line(values: Mapping[str, Any]) -> Digests:
 
 
 def last_line(directory: Path) -> dict[str, Any] | None:
-    """Of the last change of a checkpoint, if there was one."""
+    """Of the last change of a checkpoint, if there was one.
+
+    Raises:
+        UserError: it is not as it was written.
+    """
     path = directory / CHANGES
-    for text in reversed(path.read_text().splitlines() if path.is_file() else []):
-        with contextlib.suppress(ValueError):  # cut short by a kill
-            return json.loads(text)
-    return None
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_bytes().splitlines()[-1])
+        texts = [found["change"], found["task"], found["time"]]
+        texts += [text for key in ("weights", "outputs", "tensors") for pair in found[key].items() for text in pair]
+        assert all(isinstance(text, str) for text in texts)
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, AssertionError):
+        raise UserError(
+            f"the last line of {path} is damaged: restore it, or name another run to compare with"
+        ) from None
+    return found
 
 
 def _digest(*tensors: Tensor) -> str:

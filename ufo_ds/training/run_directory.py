@@ -187,7 +187,10 @@ def check_resume(path: Path, recipe: Recipe, last: Path | None, damaged: Mapping
     if last is None:
         return
     for changed in checkpoint.find(path / "checkpoints"):
-        index = checkpoint.Reader(changed).index
+        try:
+            index = checkpoint.Reader(changed).index
+        except checkpoint.Damaged:  # those that matter are in ``damaged``
+            continue
         if names := [*index.added, *index.removed]:
             raise UserError(
                 f"--run_dir {path}: {', '.join(names)} was added to or removed from its {changed.name}, so it cannot "
