@@ -22,6 +22,14 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """A verb in this process may note in the environment that it is alone; what a test changes is undone."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture(scope="module")
 def model():
     return make_model(make_recipe())

@@ -20,14 +20,6 @@ def recipe(tmp_path_factory) -> Path:
     return tiny.make(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    """A training in this process notes in the environment that it is alone; what a test changes is undone."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-
-
 def outcome(recipe: Path | str, run_dir: Path, *more: str, config: Path | str = "ds_configs/moe.json", main=train.main):
     """Exit status and error lines of a training in a process of its own."""
     arguments = ["--deepspeed", str(config), "--recipe", str(recipe), "--run_dir", str(run_dir), *more]

@@ -147,7 +147,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(problem)
         if accelerator.is_main_process:
             _report(options, directory, task.name, about, found)
-    accelerator.end_training()
+    if accelerator.num_processes > 1:
+        accelerator.end_training()
 
 
 def prepare(options: argparse.Namespace, reader: Reader) -> tuple[Recipe, TrainSource, ExtensionPath, list[str]]:

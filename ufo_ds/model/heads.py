@@ -69,8 +69,9 @@ class BatchNormNeck(Padded):
                 unbiased_D = var_D * (count / (count - 1).clamp(min=1.0))
                 # No sample says nothing about the mean, one nothing about the variance. As a factor, to not ask the
                 # device.
-                narrow(self.running_mean, len(mean_D), 0).lerp_(mean_D, self.momentum * (found >= 1))
-                narrow(self.running_var, len(var_D), 0).lerp_(unbiased_D, self.momentum * (found >= 2))
+                for running_D, now_D, least in ((self.running_mean, mean_D, 1), (self.running_var, unbiased_D, 2)):
+                    moved = self.momentum * (found >= least)
+                    narrow(running_D, len(now_D), 0).lerp_(now_D.to(running_D.dtype), moved.to(running_D.dtype))
         return mean_D, var_D
 
 

@@ -4,6 +4,7 @@ Nothing in the directory is run or unpickled.
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,14 +119,15 @@ def _check_shapes(path: Path, config: UfoStudentConfig) -> None:
     Raises:
         UserError: they are not.
     """
+    # By their shapes alone: transformers writes some of its own models' weights under other names.
     with torch.device("meta"):
-        wanted = {name: list(value.shape) for name, value in UfoStudentModel(config).state_dict().items()}
+        wanted = Counter(tuple(value.shape) for value in UfoStudentModel(config).state_dict().values())
     with safe_open(path / WEIGHTS, framework="pt") as file:
-        found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    for name in wanted:
-        if wanted[name] != found.get(name):
+        found = Counter(tuple(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    for shape in wanted:
+        if wanted[shape] != found[shape]:
             raise UserError(
-                f"{path / CONFIG}: its sizes give {name} {wanted[name]}, {WEIGHTS} has {found.get(name, 'none')}: "
+                f"{path / CONFIG}: its sizes give {wanted[shape]} tensors {list(shape)}, {WEIGHTS} has {found[shape]}: "
                 "restore it or make the student again"
             )
 
