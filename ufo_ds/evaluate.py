@@ -13,11 +13,9 @@ by item for `ufo compare` and `ufo report`.
 """
 
 import argparse
-import contextlib
 import json
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -113,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     images = open_images(recipe)
     left_out = overlap.left_out(options.audit, subject.recipe, recipe) if options.audit else {}
     benchmarks.check(recipe, images, subject.classes)
-    with _files(options.scratch) as files:
+    with scoring.feature_files(options.scratch) as files:
         if options.pixels:
             models = {}
             predictions, classes = _of_pixels(recipe, images)
@@ -173,27 +171,6 @@ def _subject(path: Path, last: bool, device: str, spec_files: list[Path], statis
         checkpoints.parent if checkpoints.name == "checkpoints" and not specs else None,
         open_task,
     )
-
-
-@contextlib.contextmanager
-def _files(scratch: Path | None) -> Iterator[FeatureFiles]:
-    """A place for features, the same for all ranks, removed in the end.
-
-    Raises:
-        UserError: nothing can be written there.
-    """
-    place = None
-    if ranks.this() == 0:
-        try:
-            place = tempfile.mkdtemp(prefix="ufo-features-", dir=scratch)
-        except OSError as error:
-            raise UserError(f"--scratch {scratch or tempfile.gettempdir()}: {error.strerror}: choose another") from None
-    files = FeatureFiles(Path(ranks.from_first(place)))
-    try:
-        yield files
-    finally:
-        if place is not None:
-            files.remove()
 
 
 def _predict(

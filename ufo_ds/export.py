@@ -111,7 +111,7 @@ def _int8(model: "TaskModel", out: Path, images: "Tensor", source: str) -> "Int8
     from ufo_ds.subnets.latency import Target
     from ufo_ds.subnets.task_model import open_model
 
-    layers = exporting.export_int8(out, exporting.normalised(model, images))
+    layers = exporting.export_int8(out, model.network.normalize(images))
     directories = {"fp32": out, "int8": out / exporting.INT8}
     target = Target(backend="onnx")
     ms = timing.milliseconds(exporting.calls(model, list(directories.values()), target), target, ROUNDS)

@@ -1,11 +1,14 @@
 """Benchmarks scored by all ranks: each takes its share of them, and each benchmark is scored by one rank alone, so that
 the number of ranks changes no digit."""
 
-from collections.abc import Mapping
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from ufo_ds.errors import UserError
 from ufo_ds.evaluation import benchmarks
-from ufo_ds.evaluation.features import Predictions, TaskImages
+from ufo_ds.evaluation.features import FeatureFiles, Predictions, TaskImages
 from ufo_ds.evaluation.outcomes import Outcomes
 from ufo_ds.parallel import ranks
 from ufo_ds.recipe import Recipe
@@ -36,3 +39,28 @@ def score(
     found = {key: outcomes for part, _ in everyone for key, outcomes in part.items()}
     keys = [f"{task.name}/{benchmark.name}" for task in recipe.tasks for benchmark in task.benchmarks]
     return {key: found[key] for key in keys}
+
+
+@contextlib.contextmanager
+def feature_files(scratch: Path | None = None) -> Iterator[FeatureFiles]:
+    """A place for features, the same for all ranks, removed in the end.
+
+    Args:
+        scratch: a directory that all ranks see; default: where temporary files go.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    place = None
+    if ranks.this() == 0:
+        try:
+            place = tempfile.mkdtemp(prefix="ufo-features-", dir=scratch)
+        except OSError as error:
+            where = tempfile.gettempdir() if scratch is None else f"--scratch {scratch}"
+            raise UserError(f"{where}: {error.strerror}: no place for features, choose another") from None
+    files = FeatureFiles(Path(ranks.from_first(place)))
+    try:
+        yield files
+    finally:
+        if place is not None:
+            files.remove()

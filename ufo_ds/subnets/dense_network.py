@@ -10,9 +10,10 @@ from ufo_ds.model.heads import Outputs
 from ufo_ds.model.hub import UfoViTModel
 from ufo_ds.model.spec import SubnetSpec
 from ufo_ds.recipe import Recipe
+from ufo_ds.subnets.image_network import ImageNetwork
 
 
-class DenseNetwork(nn.Module):
+class DenseNetwork(ImageNetwork):
     """Backbone, pooler and, if there is one, classifier, in one pass over the backbone.
 
     Args:
@@ -20,36 +21,24 @@ class DenseNetwork(nn.Module):
         cosines: of a margin head, whose logits follow from the embedding.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(
         self, recipe: Recipe, backbone: nn.Module, classifier: nn.Module | None, cosines: nn.Module | None = None
     ):
-        super().__init__()
+        super().__init__(recipe)
         self.backbone, self.classifier, self.cosines = backbone, classifier, cosines
-        for name, values in (("mean", recipe.data.mean), ("std", recipe.data.std)):
-            self.register_buffer(name, 255 * torch.tensor(values)[:, None, None], persistent=False)
 
-    def forward(self, images: Tensor) -> Outputs:
-        """
-        Args:
-            images: uint8 [B, 3, H, W], as ``evaluation_transform`` makes them.
-
-        Returns:
-            Embeddings [B, D] and logits [B, C], C = 0 without a classifier; fp32.
-        """
-        feature_BD, embedding_BD = self._run(images)
+    def of_pixels(self, pixels_BCHW: Tensor) -> Outputs:
+        feature_BD, embedding_BD = self._run(pixels_BCHW)
         if self.classifier is not None:
             return Outputs(embedding_BD, self.classifier(feature_BD).float())
         return Outputs(embedding_BD, embedding_BD[:, :0] if self.cosines is None else self.cosines(embedding_BD))
 
     def feature(self, images: Tensor) -> Tensor:
-        """What a neck would be given: [B, D]."""
-        return self._run(images)[0]
+        """What a neck would be given of uint8 [B, 3, H, W]: [B, D]."""
+        return self._run(self.normalize(images))[0]
 
-    def _run(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = self.backbone((images.float() - self.mean) / self.std)
+    def _run(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = self.backbone(pixels_BCHW)
         tokens_BLD = outputs.last_hidden_state
         feature_BD = self.backbone.pooled(tokens_BLD) if isinstance(self.backbone, UfoViTModel) else tokens_BLD[:, 0]
         return feature_BD, outputs.pooler_output.float()

@@ -95,11 +95,6 @@ def size_of(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.glob(f"{GRAPH}*"))
 
 
-def normalised(model: TaskModel, images: Tensor) -> Tensor:
-    """uint8 [N, 3, H, W] as the image processor hands them on."""
-    return (images.float() - model.network.get_buffer("mean").cpu()) / model.network.get_buffer("std").cpu()
-
-
 def calls(model: TaskModel, directories: Sequence[Path], target: Target) -> list[timing.Call]:
     """Of the model by torch, and of exported ones by ONNX Runtime, with the same pixels."""
     generator = torch.Generator().manual_seed(0)
@@ -110,18 +105,15 @@ def calls(model: TaskModel, directories: Sequence[Path], target: Target) -> list
 
 
 class OfPixels(nn.Module):
-    """A model's network from where it has normalised its images, as the image processor does: [B, 3, H, W]."""
+    """What a model makes of normalised images [B, 3, H, W], as tensors alone."""
 
     def __init__(self, model: TaskModel):
         super().__init__()
-        self.network, self.classify = copy.copy(model.network), bool(model.classes)
-        # Subtracting 0 and dividing by 1, which ONNX Runtime leaves out.
-        identity = {"mean": torch.zeros(3, 1, 1), "std": torch.ones(3, 1, 1)}
-        self.network._buffers = {**model.network._buffers, **identity}
+        self.network, self.classify = model.network, bool(model.classes)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        outputs = self.network(pixels_BCHW)
-        return tuple(outputs) if self.classify else outputs.embedding
+        outputs = self.network.of_pixels(pixels_BCHW)
+        return (outputs.embedding, outputs.logits) if self.classify else outputs.embedding
 
 
 def verify(model: TaskModel, directory: Path, images: list[bytes]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ufo_ds import recipe_file
 from ufo_ds.errors import UserError
@@ -22,26 +22,23 @@ from ufo_ds.recipe import Recipe
 from ufo_ds.subnets import onnx_export
 from ufo_ds.subnets.dense_model import PROCESSOR, check_preprocessing
 from ufo_ds.subnets.extraction import RECIPE
+from ufo_ds.subnets.image_network import ImageNetwork
 
 GRAPH, CLASSES = "model.onnx", "classes.json"
 EMBEDDING, LOGITS = "embedding", "logits"  # outputs
 
 
-class OnnxNetwork(nn.Module):
-    """uint8 [B, 3, H, W], as ``evaluation_transform`` makes them, to embeddings [B, D] and logits [B, C], C = 0 without
-    a classifier; fp32, on the host."""
-
-    mean: Tensor
-    std: Tensor
+class OnnxNetwork(ImageNetwork):
+    """Its outputs are on the host."""
 
     def __init__(self, recipe: Recipe, session: Any):
-        super().__init__()
+        super().__init__(recipe)
         self.session = session
-        for name, values in (("mean", recipe.data.mean), ("std", recipe.data.std)):
-            self.register_buffer(name, 255 * torch.tensor(values)[:, None, None], persistent=False)
 
-    def forward(self, images: Tensor) -> Outputs:
-        pixels_BCHW = (images.cpu().float() - self.mean) / self.std
+    def normalize(self, images: Tensor) -> Tensor:
+        return super().normalize(images.cpu())
+
+    def of_pixels(self, pixels_BCHW: Tensor) -> Outputs:
         found = run(self.session, pixels_BCHW.numpy())
         return Outputs(*(torch.from_numpy(array) for array in found))
 

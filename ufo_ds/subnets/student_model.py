@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from ufo_ds import recipe_file
@@ -22,25 +22,20 @@ from ufo_ds.model.students import UfoStudentConfig, UfoStudentModel
 from ufo_ds.recipe import Recipe
 from ufo_ds.subnets.dense_model import CONFIG, check_preprocessing, load_whole, quiet
 from ufo_ds.subnets.extraction import RECIPE
+from ufo_ds.subnets.image_network import ImageNetwork
 
 WEIGHTS = "model.safetensors"
 
 
-class StudentNetwork(nn.Module):
-    """uint8 [B, 3, H, W], as ``evaluation_transform`` makes them, to embeddings [B, D] and logits [B, C], C = 0 without
-    a classifier; fp32."""
-
-    mean: Tensor
-    std: Tensor
+class StudentNetwork(ImageNetwork):
+    """Logits are there of a student with classes."""
 
     def __init__(self, recipe: Recipe, student: UfoStudentModel):
-        super().__init__()
+        super().__init__(recipe)
         self.student = student
-        for name, values in (("mean", recipe.data.mean), ("std", recipe.data.std)):
-            self.register_buffer(name, 255 * torch.tensor(values)[:, None, None], persistent=False)
 
-    def forward(self, images: Tensor) -> Outputs:
-        outputs = self.student((images.float() - self.mean) / self.std)
+    def of_pixels(self, pixels_BCHW: Tensor) -> Outputs:
+        outputs = self.student(pixels_BCHW)
         embedding_BD = outputs.pooler_output.float()
         return Outputs(embedding_BD, embedding_BD[:, :0] if outputs.logits is None else outputs.logits.float())
 

@@ -30,6 +30,7 @@ from ufo_ds.subnets import recalibration
 from ufo_ds.subnets.dense_model import DenseModel, architecture, is_dense_model
 from ufo_ds.subnets.dense_network import with_weights
 from ufo_ds.subnets.extraction import image_processor
+from ufo_ds.subnets.image_network import ImageNetwork
 from ufo_ds.subnets.onnx_model import OnnxModel, is_onnx_model
 from ufo_ds.subnets.student_model import StudentModel, is_student
 from ufo_ds.subnets.weights import state_of
@@ -44,8 +45,7 @@ class TaskModel:
         classes: names behind the logits, of a linear head; of a margin head none.
         fingerprint: sha256 of weights, architecture and preprocessing.
         calibration: where its calibration is kept, if it has one; see :mod:`ufo_ds.subnets.calibration`.
-        network: uint8 [B, 3, H, W] to :class:`Outputs`; what it subtracts from pixels and divides them by are its
-            buffers ``mean`` and ``std``.
+        network: uint8 [B, 3, H, W] to :class:`Outputs`.
         device: of the network.
     """
 
@@ -54,7 +54,7 @@ class TaskModel:
     classes: list[str]
     fingerprint: str
     calibration: Path
-    network: nn.Module
+    network: ImageNetwork
     device: str
 
     @property

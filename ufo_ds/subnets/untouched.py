@@ -92,17 +92,14 @@ def tensor_names(reader: Reader, spec: SubnetSpec) -> Iterator[str]:
             yield name
 
 
-def first_difference(
-    reader: Reader, before: Digests, after: Digests, outputs: bool = True, task_names: list[str] | None = None
-) -> str | None:
+def first_difference(reader: Reader, before: Digests, after: Digests, outputs: bool = True) -> str | None:
     """Which tensor of which task differs first, for people; None if none does.
 
     Args:
         reader: of the checkpoint ``after`` is of.
         outputs: compare them too.
-        task_names: default: those of ``before``.
     """
-    for task in task_names or before.weights:
+    for task in before.weights:
         if task not in after.weights:
             return f"{task} is not there any more"
         for name in tensor_names(reader, spec_of(reader, task)):

@@ -1,11 +1,8 @@
 """Training of a task that is added to a trained supernet, on one process or several, by accelerate."""
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +12,7 @@ from torch import nn
 from ufo_ds.data.mixing import Batches, loader
 from ufo_ds.data.source import TrainSource
 from ufo_ds.errors import UserError
-from ufo_ds.evaluation.features import FeatureFiles, TaskImages, predict
+from ufo_ds.evaluation.features import TaskImages, predict
 from ufo_ds.evaluation.outcomes import Outcomes
 from ufo_ds.model.parameters import update_rule, without_effect
 from ufo_ds.model.supernet import Supernet
@@ -147,7 +144,7 @@ def evaluate(
     if not images:
         return {}
     (task,) = recipe.tasks
-    with _scratch() as files:
+    with scoring.feature_files() as files:
         predict(
             lambda batch: model(batch.to(device)),
             images,
@@ -161,18 +158,6 @@ def evaluate(
         found = scoring.score(recipe, images, files.read(images), {task.name: classes})
         ranks.wait_for_all()
     return found
-
-
-@contextmanager
-def _scratch() -> Iterator[FeatureFiles]:
-    """A place for features that all processes see, removed in the end."""
-    made = tempfile.mkdtemp(prefix="ufo-features-") if ranks.this() == 0 else None
-    files = FeatureFiles(Path(ranks.from_first(made)))
-    try:
-        yield files
-    finally:
-        if made is not None:
-            files.remove()
 
 
 def updated(model: Supernet) -> tuple[int, int]:
