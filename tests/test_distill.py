@@ -78,9 +78,9 @@ def test_an_extracted_teacher_of_a_margin_head_has_no_classifier(extracted, run)
 # --- cache ------------------------------------------------------------------------------------------------------------
 
 
-def filled(directory, run, sources, views, task="digits"):
+def filled(directory, run, sources, views, task="digits", mixed=0.0):
     teachers = open_teachers([run], task, "cpu")
-    made = Views(teachers.recipe, sources, teachers.classes, views)
+    made = Views(teachers.recipe, sources, teachers.classes, views, mixed)
     cache = cache_of(directory, teachers, sources, made)
     cache.fill(teachers, made, 0, Corrupt(made.images, 0.0))
     return cache, teachers, made
@@ -127,16 +127,17 @@ def test_another_teacher_or_image_or_augmentation_is_kept_elsewhere(run, other_r
     places = {first.directory}
     places.add(filled(tmp_path / "cache", other_run, sources, 2)[0].directory)
     places.add(filled(tmp_path / "cache", run, sources, 3)[0].directory)
+    places.add(filled(tmp_path / "cache", run, sources, 2, mixed=0.5)[0].directory)
     (folder / "zero" / "000.png").write_bytes(make_images()[0])
     places.add(filled(tmp_path / "cache", run, [FolderImages(folder)], 2)[0].directory)
-    assert len(places) == 4
+    assert len(places) == 5
 
 
 # --- trainee ----------------------------------------------------------------------------------------------------------
 
 PLAIN = Settings(
     logits_weight=1.0, feature_weight=1.0, relation_weight=1.0, label_weight=1.0, temperature=2.0,
-    feature_loss="cosine", steps=1, batch_size=8, views=1, lr=0.1, seed=0,
+    feature_loss="cosine", steps=1, batch_size=8, views=1, mixed=0.0, lr=0.1, seed=0,
 )  # fmt: skip
 
 
@@ -306,6 +307,7 @@ def test_labels_alone_are_the_baseline(run, tmp_path, capsys):
     off = ["--logits_weight", "0", "--feature_weight", "0", "--relation_weight", "0"]
     result = run_verb(capsys, run, "--task", "digits", *SHORT, *off, "--data", folder, "--out", tmp_path / "out")
     assert set(result["losses"]) == {"label"}
+    assert result["settings"]["mixed"] == 0  # or labels would be lost
     assert "none: labels alone" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -332,6 +334,8 @@ WEIGHTS = ["--label_weight", "--logits_weight", "--feature_weight", "--relation_
         ({"--label_weight": "-1"}, "--label_weight -1: give 0 or more"),
         ({"--temperature": "nan"}, "--temperature nan"),
         ({"--steps": "0"}, "--steps 0"),
+        ({"--mixed": "1.5"}, "--mixed 1.5: give a share"),
+        ({"--mixed": "nan"}, "--mixed nan"),
         ({"--epochs": "3"}, "exclude each other"),
         ({"--task": "faces"}, "faces"),
         ({"--data": "EMPTY"}, "holds no image"),

@@ -28,9 +28,11 @@ from ufo_ds.errors import ArgumentParser, UserError, run
 
 if TYPE_CHECKING:  # these take seconds to import
     from ufo_ds.data.image_files import Images
+    from ufo_ds.data.views import Views
     from ufo_ds.distillation.settings import Settings
     from ufo_ds.distillation.teachers import Teachers
     from ufo_ds.recipe import Recipe
+    from ufo_ds.recipe_task import Task
 
 VIEWS = 32768  # of all images, by default at least
 DEFAULTS = {"logits_weight": 1.0, "feature_weight": 10.0, "relation_weight": 20.0, "label_weight": 1.0}
@@ -42,6 +44,8 @@ def main(argv: list[str] | None = None) -> None:
         value = getattr(options, name)
         if not 0 <= value < math.inf:
             raise UserError(f"--{name} {value:g}: give 0 or more")
+    if not 0 <= options.mixed <= 1:
+        raise UserError(f"--mixed {options.mixed:g}: give a share of the views, from 0 to 1")
     for name in ("width", "temperature", "lr", "epochs"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
@@ -128,6 +132,10 @@ def _parser() -> argparse.ArgumentParser:
         "--views", type=int,
         help=f"augmented views of each image, which come again and again (default: as many as make {VIEWS} of all)",
     )  # fmt: skip
+    parser.add_argument(
+        "--mixed", type=float, default=0.5, metavar="SHARE",
+        help="of the views that are mixed with another one, for what the teacher says of it (default: 0.5)",
+    )  # fmt: skip
     parser.add_argument("--cache", type=Path, help="keep what the teacher says here (default: until the end)")
     parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no")
     parser.add_argument("--device", choices=["cpu", "cuda"], default=_device())
@@ -158,9 +166,9 @@ def _distill(options: argparse.Namespace, backbone: str, teachers: "Teachers", a
     recipe, task = teachers.recipe, teachers.recipe.tasks[0]
     sources = _sources(options.data, recipe)
     images = sum(len(source.names) for source in sources)
-    settings = _settings(options, recipe, images)
-    views = Views(recipe, sources, teachers.classes, settings.views)
-    settings = _possible(settings, views, teachers, say)
+    settings = _settings(options, teachers, images, say)
+    views = Views(recipe, sources, teachers.classes, settings.views, settings.mixed)
+    settings = _possible(settings, views, task, say)
     processes = accelerator.num_processes
     corrupt = Corrupt(images, recipe.data.max_corrupt)
     student = new_student(backbone, options.width, task, teachers.classes, teachers.widths[0], settings.seed)
@@ -218,29 +226,32 @@ def _sources(data: list[str] | None, recipe: "Recipe") -> "list[Images]":
     return [ShardImages(entry.shards, recipe.data.shard_cache) for entry in train]
 
 
-def _settings(options: argparse.Namespace, recipe: "Recipe", images: int) -> "Settings":
+def _settings(options: argparse.Namespace, teachers: "Teachers", images: int, say: Any) -> "Settings":
     from ufo_ds.distillation.settings import Settings
 
-    task = recipe.tasks[0]
+    task = teachers.recipe.tasks[0]
     samples = images * (4 if task.quarter_turns else 1)
     epochs = options.epochs
     steps = max(1, round(epochs * samples / options.batch_size)) if epochs else options.steps or 2000
     weights = {name: getattr(options, name) for name in DEFAULTS}
+    if weights["logits_weight"] and not teachers.classes and teachers.classifier is None:
+        say(f"{teachers.name} has no classifier: nothing is learned from logits")
+        weights["logits_weight"] = 0.0
     most = min(VIEWS, steps * options.batch_size)  # more would not be used
-    return Settings(
+    settings = Settings(
         **weights, temperature=options.temperature, feature_loss=options.feature_loss, steps=steps,
-        batch_size=options.batch_size, views=options.views or math.ceil(most / samples), lr=options.lr,
-        seed=recipe.seed,
+        batch_size=options.batch_size, views=options.views or math.ceil(most / samples), mixed=options.mixed,
+        lr=options.lr, seed=teachers.recipe.seed,
     )  # fmt: skip
+    return settings if settings.of_teacher else replace(settings, mixed=0.0)  # a mixed view has no label
 
 
-def _possible(settings: "Settings", views: Any, teachers: "Teachers", say: Any) -> "Settings":
-    """Without the losses that there is nothing for, of which a line says why.
+def _possible(settings: "Settings", views: "Views", task: "Task", say: Any) -> "Settings":
+    """Without the loss of labels where there are none.
 
     Raises:
         UserError: none is left, or none that a classifier learns from.
     """
-    task = teachers.recipe.tasks[0]
     labelled = int((views.labels >= 0).sum())
     if settings.label_weight and labelled < len(views.labels):
         if not labelled:
@@ -248,9 +259,6 @@ def _possible(settings: "Settings", views: Any, teachers: "Teachers", say: Any) 
             settings = replace(settings, label_weight=0.0)
         else:
             say(f"{labelled} of {len(views.labels)} images have labels of the task")
-    if settings.logits_weight and not teachers.classes and teachers.classifier is None:
-        say(f"{teachers.name} has no classifier: nothing is learned from logits")
-        settings = replace(settings, logits_weight=0.0)
     if not settings.of_teacher and not settings.label_weight:
         raise UserError("nothing is left to learn from: give a weight above 0, or images with labels")
     if task.head.type == "linear" and not settings.logits_weight and not settings.label_weight:

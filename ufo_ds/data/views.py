@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from ufo_ds.data import attributes
 from ufo_ds.data.augmentation import CROP_ATTEMPTS, augmented, crop_box
 from ufo_ds.data.image_files import Images
+from ufo_ds.data.mixup import Mixing, mixed
 from ufo_ds.data.sampling import EpochOrder, PKOrder
 from ufo_ds.data.transforms import CorruptImage, cropped_pixels, image_size, resized_pixels
 from ufo_ds.errors import UserError
@@ -25,7 +26,10 @@ class Views:
     """Views of all images of some sources, by number: ``sample * views + view``. With ``quarter_turns`` each image is
     four samples, turned 0 to 3 times counter-clockwise.
 
-    A view is a function of (seed, task, number): augmented as in training, but for mixing with other images.
+    A view is a function of (seed, task, number): augmented as in training. A share of them are mixed with a view of any
+    image, by a weight between 0 and 1, and have no label: of what is between images a teacher of few says more than of
+    these, which it has learned by heart ("function matching": Beyer et al., 2022, section 3). The mixing of the recipe
+    is left out.
 
     Args:
         recipe: of one task.
@@ -33,14 +37,15 @@ class Views:
         classes: names behind a classifier's labels; an image whose label is none of them has no label. Of a task that
             compares none: then the labels of each source are identities of their own.
         views: of each image.
+        mixed: share of the views.
 
     Attributes:
         labels: int64 [samples], :data:`UNKNOWN` where there is none.
         num_classes: of the labels.
     """
 
-    def __init__(self, recipe: Recipe, sources: Sequence[Images], classes: Sequence[str], views: int):
-        self.task, self.seed, self.views = recipe.tasks[0], recipe.seed, views
+    def __init__(self, recipe: Recipe, sources: Sequence[Images], classes: Sequence[str], views: int, mixed: float):
+        self.task, self.seed, self.views, self.mixed = recipe.tasks[0], recipe.seed, views, mixed
         self._sources = sources
         self._starts = list(itertools.accumulate([len(source.names) for source in sources], initial=0))
         self.images = self._starts[-1]
@@ -65,6 +70,17 @@ class Views:
         Raises:
             UserError: no image can be read.
         """
+        pixels_CHW, label, skipped = self._plain(number)
+        generator = numpy_generator(self.seed, "mixed view", self.task.name, number)
+        chance, weight = generator.random(2).tolist()
+        if chance >= self.mixed:
+            return pixels_CHW, label, skipped
+        other_CHW, _, also_skipped = self._plain(int(generator.integers(len(self))))
+        pixels_CHW, _ = mixed(pixels_CHW, other_CHW, Mixing(weight, None))
+        return pixels_CHW, UNKNOWN, skipped + also_skipped
+
+    def _plain(self, number: int) -> tuple[np.ndarray, int, list[int]]:
+        """A view before it is mixed."""
         turn, image = divmod(number // self.views, self.images)
         skipped: list[int] = []
         for index in [*range(image, self.images), *range(image)]:
