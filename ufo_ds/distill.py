@@ -12,10 +12,13 @@ the images is computed once and kept until the student is done, with --cache als
 """
 
 import argparse
+import fcntl
 import json
 import math
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -174,41 +177,42 @@ def _distill(options: argparse.Namespace, backbone: str, teachers: "Teachers", a
     student = new_student(backbone, options.width, task, teachers.classes, teachers.widths[0], settings.seed)
     trainee = Trainee(student, task, views.num_classes, teachers, settings)
     partial = options.out.with_name(f"{options.out.name}.partial")
-    _prepare(partial, options, settings, backbone, [m.fingerprint for m in teachers.models], accelerator)
-    cache = None
-    if settings.of_teacher:
-        cache = cache_of(options.cache or partial / "teacher", teachers, sources, views)
-        if accelerator.is_main_process:
-            cache.fill(teachers, views, recipe.data.workers, corrupt)
-    accelerator.wait_for_everyone()
-    final = loop.train(
-        trainee, accelerator, teachers, cache, views, settings, corrupt, partial / "state.safetensors",
-        recipe.data.workers, say,
-    )  # fmt: skip
-    if not accelerator.is_main_process:
-        return {}
-    finished, model = trainee.cpu().finished(), partial / "model"
-    writing.write(model, finished, teachers)
-    known = measuring.here(recipe)
-    of_student = measuring.measure(open_model(model, device=str(accelerator.device)), known)
-    if of_student:
-        outcomes.store(model, None, of_student)
-    of_teachers = [outcomes.flatten(measuring.measure(teacher, known)) for teacher in teachers.models]
-    metrics = outcomes.flatten(of_student)
-    of_teacher = {name: sum(of[name] for of in of_teachers) / len(of_teachers) for name in metrics}
-    inherited = writing.licences_behind(options.teacher, task.name)
-    writing.write_card(model, finished, teachers, inherited, sources, settings, metrics, of_teacher)
-    parameters = sum(p.numel() for p in finished.parameters())
-    result = {
-        "out": str(options.out), "task": task.name, "student": backbone, "width": options.width,
-        "parameters": parameters, "megabytes": (model / "model.safetensors").stat().st_size / 1e6,
-        "teacher_parameters": teachers.parameters, "teacher_megabytes": 4 * teachers.parameters / 1e6,
-        "images": images, "unreadable": len(corrupt.found), "processes": processes, "settings": asdict(settings),
-        "losses": final, "metrics": metrics, "teacher_metrics": of_teacher,
-    }  # fmt: skip
-    model.rename(options.out)
-    shutil.rmtree(partial, ignore_errors=True)
-    return result
+    fingerprints = [model.fingerprint for model in teachers.models]
+    with _prepared(partial, options, settings, backbone, fingerprints, accelerator):
+        cache = None
+        if settings.of_teacher:
+            cache = cache_of(options.cache or partial / "teacher", teachers, sources, views)
+            if accelerator.is_main_process:
+                cache.fill(teachers, views, recipe.data.workers, corrupt)
+        accelerator.wait_for_everyone()
+        final = loop.train(
+            trainee, accelerator, teachers, cache, views, settings, corrupt, partial / "state.safetensors",
+            recipe.data.workers, say,
+        )  # fmt: skip
+        if not accelerator.is_main_process:
+            return {}
+        finished, model = trainee.cpu().finished(), partial / "model"
+        writing.write(model, finished, teachers)
+        known = measuring.here(recipe)
+        of_student = measuring.measure(open_model(model, device=str(accelerator.device)), known)
+        if of_student:
+            outcomes.store(model, None, of_student)
+        of_teachers = [outcomes.flatten(measuring.measure(teacher, known)) for teacher in teachers.models]
+        metrics = outcomes.flatten(of_student)
+        of_teacher = {name: sum(of[name] for of in of_teachers) / len(of_teachers) for name in metrics}
+        inherited = writing.licences_behind(options.teacher, task.name)
+        writing.write_card(model, finished, teachers, inherited, sources, settings, metrics, of_teacher)
+        parameters = sum(p.numel() for p in finished.parameters())
+        result = {
+            "out": str(options.out), "task": task.name, "student": backbone, "width": options.width,
+            "parameters": parameters, "megabytes": (model / "model.safetensors").stat().st_size / 1e6,
+            "teacher_parameters": teachers.parameters, "teacher_megabytes": 4 * teachers.parameters / 1e6,
+            "images": images, "unreadable": len(corrupt.found), "processes": processes, "settings": asdict(settings),
+            "losses": final, "metrics": metrics, "teacher_metrics": of_teacher,
+        }  # fmt: skip
+        model.rename(options.out)
+        shutil.rmtree(partial, ignore_errors=True)
+        return result
 
 
 def _sources(data: list[str] | None, recipe: "Recipe") -> "list[Images]":
@@ -268,27 +272,38 @@ def _possible(settings: "Settings", views: "Views", task: "Task", say: Any) -> "
     return settings
 
 
-def _prepare(
+@contextmanager
+def _prepared(
     partial: Path, options: argparse.Namespace, settings: "Settings", backbone: str, teachers: list[str],
     accelerator: Any,
-) -> None:  # fmt: skip
-    """The directory of what is not finished. What is there of another distillation goes, but for the teacher's part,
-    which has a key of its own."""
-    if accelerator.is_main_process:
-        about = {"student": backbone, "width": options.width, "data": options.data, "teachers": teachers}
-        text = json.dumps(about | asdict(settings), indent=1) + "\n"
-        file = partial / "settings.json"
-        try:
-            if not file.exists() or file.read_text() != text:
-                (partial / "state.safetensors").unlink(missing_ok=True)
-            shutil.rmtree(partial / "model", ignore_errors=True)
-            partial.mkdir(parents=True, exist_ok=True)
-            file.write_text(text)
-        except OSError as error:
-            raise UserError(
-                f"--out {options.out}: {error.strerror}: choose a directory that you can write to"
-            ) from None
-    accelerator.wait_for_everyone()
+) -> Iterator[None]:  # fmt: skip
+    """The directory of what is not finished, held against others that make the same. What is there of another
+    distillation goes, but for the teacher's part, which has a key of its own.
+
+    Raises:
+        UserError: it cannot be written, or another process holds it.
+    """
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            about = {"student": backbone, "width": options.width, "data": options.data, "teachers": teachers}
+            text = json.dumps(about | asdict(settings), indent=1) + "\n"
+            file = partial / "settings.json"
+            try:
+                partial.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context((partial / ".lock").open("a"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not file.exists() or file.read_text() != text:
+                    (partial / "state.safetensors").unlink(missing_ok=True)
+                shutil.rmtree(partial / "model", ignore_errors=True)
+                file.write_text(text)
+            except BlockingIOError:
+                raise UserError(f"--out {options.out}: another process makes it: choose another directory") from None
+            except OSError as error:
+                raise UserError(
+                    f"--out {options.out}: {error.strerror}: choose a directory that you can write to"
+                ) from None
+        accelerator.wait_for_everyone()
+        yield
 
 
 def _lines(result: dict[str, Any]) -> list[str]:
