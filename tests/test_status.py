@@ -3,12 +3,13 @@
 import json
 import os
 import time
+from dataclasses import replace
 
 import pytest
 
 from tests.small_run import make_model, make_recipe, write_checkpoint
-from ufo_ds import status
-from ufo_ds.checkpoint import write_best
+from ufo_ds import recipe_file, status
+from ufo_ds.checkpoint import Reader, write_best, write_index
 from ufo_ds.errors import run as entry
 from ufo_ds.recipe_file import to_yaml
 
@@ -93,6 +94,19 @@ def test_one_task_a_step(run):
     assert "batches: heterogeneous" in text
     (run / "recipe.yaml").write_text(text.replace("batches: heterogeneous", "batches: isomorphic"))
     assert status.read(run).seconds_per_step == pytest.approx(8 / 48)
+
+
+def test_an_added_task_has_no_part_in_the_training(run):
+    """Recipe and checkpoint have it, the steps that were logged have not."""
+    before = status.read(run)
+    recipe = recipe_file.load(str(run / "recipe.yaml"))
+    later = replace(recipe, tasks=[*recipe.tasks, replace(recipe.tasks[0], name="later")])
+    (run / "recipe.yaml").write_text(to_yaml(later))
+    index = Reader(run / "checkpoints" / "step-00000005").index
+    index.added["later"] = {}
+    write_index(run / "checkpoints" / "step-00000005", index, index.files)
+    found = status.read(run)
+    assert (found.seconds_per_step, found.loss) == (before.seconds_per_step, before.loss)
 
 
 def test_no_run(tmp_path, capsys):

@@ -8,7 +8,7 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,7 @@ def read(run: Path) -> Status:
     trained, left_out = of_kind.get("train", []), of_kind.get("left_out", [])
     checkpoints = checkpoint.find(run / "checkpoints")
     newest = checkpoints[-1] if checkpoints else None
+    recipe = _joint(recipe, newest)
     saved = None if newest is None else int(newest.name.removeprefix("step-"))
     step = max([line["step"] for line in trained + left_out] + [saved or 0])
     speed = statistics.median(line["images_per_second"] for line in trained[-RECENT:]) if trained else None
@@ -112,6 +113,15 @@ def images_per_step(recipe: Recipe) -> float:
     """Over all tasks and ranks; where steps differ, their mean at the recipe's rates."""
     images = sum(task.samples_per_step for task in recipe.tasks)
     return images / len(recipe.tasks) if recipe.data.batches == "isomorphic" else images
+
+
+def _joint(recipe: Recipe, newest: Path | None) -> Recipe:
+    """Without the tasks that were added to the trained run, of which no step of its training knows."""
+    try:
+        added = checkpoint.Reader(newest).index.added if newest else {}
+    except checkpoint.Damaged:  # what a training that goes on has to deal with
+        added = {}
+    return replace(recipe, tasks=[task for task in recipe.tasks if task.name not in added])
 
 
 def _losses(recipe: Recipe, line: dict[str, Any]) -> dict[str, float]:
