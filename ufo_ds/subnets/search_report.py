@@ -45,7 +45,10 @@ def report(
     print("\n".join(_table(values)))
     best = values["front"][-1]["subnets"]
     last = [word for subnet in best for word in ("--task", subnet["task"], "--spec", str(out / subnet["spec"]))]
-    print(f"{len(front)} on the front of {len(known)} evaluated, drawn in {out / 'front.png'}; the last as a model:")
+    found = f"{len(front)} on the front of {len(records)} evaluated"
+    if len(best) > 1:  # each step evaluates a subnet of every task, and any of these go together
+        found = f"{len(front)} combinations on the front, of {len(records)} evaluated subnets of each task"
+    print(f"{found}, drawn in {out / 'front.png'}; the last as a model:")
     print(shlex.join(["ufo", "extract", str(run), *last, "--out", "DIR"]))
 
 
