@@ -6,14 +6,16 @@
 
 Of each run of ``open_small`` (arm "learned routes") one task is taken as the teacher for each kind of use:
 classification, retrieval, verification. A student of less than a tenth of its parameters learns from it by ``ufo
-distill`` as it is by default; the same student, with the same start, images, augmentation, order and steps, learns from
-the labels alone by the recipe's losses. Those that are finished are not repeated, and one that was killed goes on.
-Latency is of one image on one thread, teacher and student in turn. Prints the table as Markdown, and as its last line
-one JSON object.
+distill`` as it is by default; the same student, with the same start, images, augmentation and steps, learns from the
+labels alone by the recipe's losses. Both on all images that the teacher was trained on, and on a quarter of them, as
+when the model is at hand and its training data is not. Those that are finished are not repeated, and one that was
+killed goes on. Latency is of one image on one thread, teacher and student in turn. Prints the table as Markdown, and as
+its last line one JSON object.
 """
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,11 +25,15 @@ import numpy as np
 from open_small import place
 from subnets import METRICS, ufo
 
+from ufo_ds import recipe_file
+from ufo_ds.data.image_files import open_images
+
 KINDS = {"clothing": "classification", "vehicles": "retrieval", "faces": "verification"}
 ARMS = {
     "labels alone": ["--logits_weight", "0", "--feature_weight", "0", "--relation_weight", "0"],
     "distilled": [],
 }
+SHARES = {"all": 1.0, "a quarter": 0.25}  # of the images
 MOST = 0.1  # of the teacher's parameters
 
 
@@ -45,11 +51,19 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.seeds, options.steps, options.out_runs = 1, "2", options.out_runs / "quick"
-    jobs = [(seed, task, arm) for seed in range(options.seeds) for task in KINDS for arm in ARMS]
+    jobs = [(seed, task, share, arm) for seed in range(options.seeds) for task in KINDS for share in SHARES
+            for arm in ARMS]  # fmt: skip
+    for seed, task, share in {job[:3] for job in jobs if SHARES[job[2]] < 1}:
+        folder = part_of(options, seed, task, share)
+        if not folder.exists():
+            write_part(folder, place(options.runs, "learned routes", seed), task, SHARES[share], seed)
     with ThreadPoolExecutor(options.jobs) as pool:
         results = dict(zip(jobs, pool.map(lambda job: student(options, *job), jobs), strict=True))
     times = {task: latencies(options, task) for task in KINDS}
-    figures = {task: figures_of(task, results, times[task], options.seeds) for task in KINDS}
+    figures = {
+        f"{task}, {share}": figures_of(task, share, results, times[task], options.seeds)
+        for task in KINDS for share in SHARES
+    }  # fmt: skip
     print("\n".join(table(figures)))
     result = {"benchmark": "distill", "figures": figures, "bars": bars(figures)}
     if options.out:
@@ -57,20 +71,43 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def student(options: argparse.Namespace, seed: int, task: str, arm: str) -> dict:
+def student(options: argparse.Namespace, seed: int, task: str, share: str, arm: str) -> dict:
     """What ``ufo distill`` says, kept beside the student."""
-    out = place(options.out_runs, arm, seed, task)
+    out = place(options.out_runs, f"{arm} {share}", seed, task)
     kept = out.with_suffix(".json")
     if not kept.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
+        data = [] if SHARES[share] == 1 else ["--data", str(part_of(options, seed, task, share))]
         text = ufo(
-            "distill", str(place(options.runs, "learned routes", seed)), "--task", task, "--out", str(out),
+            "distill", str(place(options.runs, "learned routes", seed)), "--task", task, *data, "--out", str(out),
             "--student", options.student, "--width", options.width, "--steps", options.steps, "--seed", str(seed),
             "--device", "cpu", "--json", "--cache", str(options.out_runs / "cache"), *ARMS[arm],
         )  # fmt: skip
         kept.write_text(text)
         print(f"{out.name}: {main_metric(json.loads(text), task):.3f}", flush=True)
     return json.loads(kept.read_text())
+
+
+def part_of(options: argparse.Namespace, seed: int, task: str, share: str) -> Path:
+    return place(options.out_runs, f"images {share}", seed, task)
+
+
+def write_part(folder: Path, run: Path, task: str, share: float, seed: int) -> None:
+    """A folder of some of the task's training images: of each class, or all of some identities."""
+    recipe = recipe_file.load(str(run / "recipe.yaml"))
+    images = open_images(next(of.train[0].shards for of in recipe.tasks if of.name == task))
+    labels, generator = np.array(images.labels), np.random.default_rng(seed)
+    names = generator.permutation(np.unique(labels))
+    if KINDS[task] == "classification":
+        groups = [generator.permutation(np.flatnonzero(labels == name)) for name in names]
+        chosen = np.concatenate([group[: math.ceil(share * len(group))] for group in groups])
+    else:
+        chosen = np.flatnonzero(np.isin(labels, names[: math.ceil(share * len(names))]))
+    unfinished = folder.with_suffix(".partial")
+    for i in chosen.tolist():
+        place_of_class = unfinished / labels[i]
+        place_of_class.mkdir(parents=True, exist_ok=True)
+        (place_of_class / f"{i:05}.png").write_bytes(images.read(i))
+    unfinished.rename(folder)
 
 
 def main_metric(result: dict, task: str, whose: str = "metrics") -> float:
@@ -92,7 +129,7 @@ def latencies(options: argparse.Namespace, task: str) -> dict[str, float]:
     teacher = options.out_runs / f"teacher-{task}"
     if not teacher.exists():
         ufo("extract", str(place(options.runs, "learned routes", 0)), "--task", task, "--out", str(teacher))
-    paths = [teacher, place(options.out_runs, "distilled", 0, task)]
+    paths = [teacher, place(options.out_runs, "distilled all", 0, task)]
     auto = AutoModelForImageClassification if KINDS[task] == "classification" else AutoModel
     target = Target(backend="torch", device="cpu", batch_size=1, threads=1, dtype="fp32")
     calls = timing.prepare([auto.from_pretrained(path) for path in paths], open_model(teacher).input, target)
@@ -100,12 +137,13 @@ def latencies(options: argparse.Namespace, task: str) -> dict[str, float]:
     return dict(zip(("teacher", "student"), 1e3 * timing.typical(timing.measure(calls, target, rounds)), strict=True))
 
 
-def figures_of(task: str, results: dict, ms: dict[str, float], seeds: int) -> dict:
-    of_arm = {arm: [main_metric(results[seed, task, arm], task) for seed in range(seeds)] for arm in ARMS}
-    first = results[0, task, "distilled"]
+def figures_of(task: str, share: str, results: dict, ms: dict[str, float], seeds: int) -> dict:
+    of_arm = {arm: [results[seed, task, share, arm] for seed in range(seeds)] for arm in ARMS}
+    first = of_arm["distilled"][0]
     return {
-        "kind": KINDS[task], "metric": METRICS[task], **of_arm,
-        "teacher": [main_metric(results[seed, task, "distilled"], task, "teacher_metrics") for seed in range(seeds)],
+        "task": task, "kind": KINDS[task], "metric": METRICS[task], "images": first["images"],
+        **{arm: [main_metric(result, task) for result in of] for arm, of in of_arm.items()},
+        "teacher": [main_metric(result, task, "teacher_metrics") for result in of_arm["distilled"]],
         "parameters": first["parameters"], "teacher_parameters": first["teacher_parameters"],
         "megabytes": first["megabytes"], "teacher_megabytes": first["teacher_megabytes"],
         "ms": ms["student"], "teacher_ms": ms["teacher"],
@@ -114,16 +152,16 @@ def figures_of(task: str, results: dict, ms: dict[str, float], seeds: int) -> di
 
 def table(figures: dict[str, dict]) -> Iterator[str]:
     """Markdown: means over seeds, with their range."""
-    yield "| task, measure | labels alone | distilled | teacher | parameters | MB | ms an image |"
-    yield "|---" * 7 + "|"
-    for task, of in figures.items():
+    yield "| task, measure | images | labels alone | distilled | teacher | parameters | MB | ms an image |"
+    yield "|---" * 8 + "|"
+    for of in figures.values():
         cells = [_range(of[arm]) for arm in (*ARMS, "teacher")]
         cells += [
             f"{of['parameters'] / 1e6:.2f} M of {of['teacher_parameters'] / 1e6:.2f} M",
             f"{of['megabytes']:.2f} of {of['teacher_megabytes']:.2f}",
             f"{of['ms']:.2f} of {of['teacher_ms']:.2f}",
         ]
-        yield f"| {task} ({of['kind']}), {of['metric']} | {' | '.join(cells)} |"
+        yield f"| {of['task']} ({of['kind']}), {of['metric']} | {of['images']:,} | {' | '.join(cells)} |"
 
 
 def _range(values: list[float]) -> str:
@@ -133,9 +171,9 @@ def _range(values: list[float]) -> str:
 def bars(figures: dict[str, dict]) -> dict[str, dict]:
     """By how many points a student with a teacher is ahead, and its size."""
     result = {}
-    for of in figures.values():
+    for name, of in figures.items():
         ahead = 100 * float(np.mean(of["distilled"]) - np.mean(of["labels alone"]))
-        result[f"points_ahead_{of['kind']}"] = {"value": round(ahead, 2), "bar": 0.0, "ok": ahead > 0}
+        result[f"points_ahead, {name}"] = {"value": round(ahead, 2), "bar": 0.0, "ok": ahead > 0}
     share = max(of["parameters"] / of["teacher_parameters"] for of in figures.values())
     result["share_of_parameters"] = {"value": round(share, 4), "bar": MOST, "ok": share <= MOST}
     return result

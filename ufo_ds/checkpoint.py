@@ -230,7 +230,9 @@ def of_run(path: Path, which: str = "best") -> Path:
         return path
     everyone = find(path / "checkpoints")
     if not everyone:
-        raise UserError(f"{path} is no run directory with a checkpoint: train with --run_dir {path} first")
+        raise UserError(
+            f"{path} is no run directory with a checkpoint: give the --run_dir of a training, or one of its checkpoints"
+        )
     best = read_best(path / "checkpoints")
     if which == "best" and best is not None and (path / "checkpoints" / name_of(best[0])) in everyone:
         return path / "checkpoints" / name_of(best[0])
