@@ -30,7 +30,7 @@ from ufo_ds.data.image_files import open_images
 
 KINDS = {"clothing": "classification", "vehicles": "retrieval", "faces": "verification"}
 ARMS = {
-    "labels alone": ["--logits_weight", "0", "--feature_weight", "0", "--relation_weight", "0"],
+    "labels alone": ["--label_weight", "1", "--logits_weight", "0", "--feature_weight", "0", "--relation_weight", "0"],
     "distilled": [],
 }
 SHARES = {"all": 1.0, "a quarter": 0.25}  # of the images

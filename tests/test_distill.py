@@ -24,6 +24,7 @@ from ufo_ds.errors import UserError
 from ufo_ds.subnets.task_model import open_model
 
 SHORT = ["--student", "resnet18", "--width", "0.05", "--steps", "12", "--batch_size", "8", "--views", "2"]
+SHORT += ["--label_weight", "1"]
 
 
 def run_verb(capsys, *arguments):
@@ -187,12 +188,13 @@ WEIGHTS = ["--label_weight", "--logits_weight", "--feature_weight", "--relation_
         ({"--steps": "0"}, "--steps 0"),
         ({"--mixed": "1.5"}, "--mixed 1.5: give a share"),
         ({"--mixed": "nan"}, "--mixed nan"),
+        ({"--mixed": "1", "--label_weight": "1"}, "--mixed 1 leaves no view with a label for --label_weight 1"),
         ({"--epochs": "3"}, "exclude each other"),
         ({"--task": "faces"}, "faces"),
         ({"--data": "EMPTY"}, "holds no image"),
         ({"--data": "NONE"}, "is no directory"),
         ({"--data": None}, "has no train set"),
-        ({"--label_weight": "0", "--logits_weight": "0"}, "the classifier of digits learns from logits or labels"),
+        ({"--logits_weight": "0"}, "the classifier of digits learns from logits or labels"),
         (dict.fromkeys(WEIGHTS, "0"), "nothing is left"),
     ],
 )  # fmt: skip

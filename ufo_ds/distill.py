@@ -6,9 +6,9 @@ ufo distill person-vit --student vit_tiny --data photos --out person-tiny     # 
 accelerate launch --num_processes 4 ufo_ds/distill.py runs/mine --task person --student resnet50 --out person-resnet
 
 The student is the size of its name at --width 1. It learns from the teacher's logits, features and distances between
-images and, where images have labels, from the recipe's losses; a weight of 0 turns one off. What the teacher says of
-the images is computed once and kept until the student is done, with --cache also for later ones. The result is for
-`ufo evaluate`, `predict`, `index` and `latency`. Started again after an interruption it goes on.
+images, a weight of 0 turns one off; with --label_weight 1 also by the recipe's losses, where images have labels. What
+the teacher says of the images is computed once and kept until the student is done, with --cache also for later ones.
+The result is for `ufo evaluate`, `predict`, `index` and `latency`. Started again after an interruption it goes on.
 """
 
 import argparse
@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # these take seconds to import
     from ufo_ds.recipe_task import Task
 
 VIEWS = 32768  # of all images, by default at least
-DEFAULTS = {"logits_weight": 1.0, "feature_weight": 10.0, "relation_weight": 20.0, "label_weight": 1.0}
+DEFAULTS = {"logits_weight": 1.0, "feature_weight": 10.0, "relation_weight": 20.0, "label_weight": 0.0}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,6 +49,10 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--{name} {value:g}: give 0 or more")
     if not 0 <= options.mixed <= 1:
         raise UserError(f"--mixed {options.mixed:g}: give a share of the views, from 0 to 1")
+    if options.mixed == 1 and options.label_weight:
+        raise UserError(
+            f"--mixed 1 leaves no view with a label for --label_weight {options.label_weight:g}: lower one of them"
+        )
     for name in ("width", "temperature", "lr", "epochs"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
@@ -137,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--mixed", type=float, default=0.5, metavar="SHARE",
-        help="of the views that are mixed with another one, for what the teacher says of it (default: 0.5)",
+        help="of the views that are blends of two, which have no label (default: 0.5)",
     )  # fmt: skip
     parser.add_argument("--cache", type=Path, help="keep what the teacher says here (default: until the end)")
     parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no")
