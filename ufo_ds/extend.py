@@ -190,7 +190,10 @@ def prepare(options: argparse.Namespace, reader: Reader) -> tuple[Recipe, TrainS
     recipe = dataclasses.replace(recipe, model=model, seed=options.seed, evaluation=evaluation)
     source = TrainSource(recipe.tasks[0], options.seed, sets, recipe.data.cache)
     start = "random values" if options.from_scratch else f"the path of {path.like}" if path.like else "the shared path"
-    taken.append(f"{len(source)} images of {len(source.classes)} {_kind(task)}; starts from {start}")
+    count, turned = len(source.classes), ""
+    if task.quarter_turns:
+        count, turned = count // 4, ", turned to be four each"
+    taken.append(f"{len(source)} images of {count} {_kind(task)}{turned}; starts from {start}")
     return recipe, source, path, taken
 
 

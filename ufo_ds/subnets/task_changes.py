@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ def add(
     """
     reader = Reader(directory)
     check_changeable(reader)
-    index = Reader(directory).index
+    index = deepcopy(reader.index)
     check_name(index, task.name)
     index.recipe = dump(with_task(reader.recipe, task, units))
     flat = {f"{name}|weight": tensor.flatten() for name, tensor in tensors.items()} | dict(buffers)
@@ -179,7 +180,7 @@ def remove(directory: Path, task: str) -> None:
         raise UserError(f"--task {task!r} is not there: {directory} has {', '.join(names)}")
     if len(names) == 1:
         raise UserError(f"--task {task!r} is the only one in {directory}: one has to remain")
-    index = Reader(directory).index
+    index = deepcopy(reader.index)
     gone = {name for name in index.parameters if address_of(name).owner == task}
     gone |= {key for key in index.buffers if address_of(key.split("|")[0]).owner == task}
     index.parameters = {name: p for name, p in index.parameters.items() if name not in gone}
