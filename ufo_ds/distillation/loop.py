@@ -90,8 +90,9 @@ def train(
     drawn = Drawn(views, settings.batch_size)
     steps = Steps(views, drawn, accelerator.process_index, accelerator.num_processes)
     loader: Any = DataLoader(
-        steps, batch_size=None, sampler=range(begin, settings.steps), num_workers=workers, generator=torch.Generator()
-    )
+        steps, batch_size=None, sampler=range(begin, settings.steps), num_workers=workers,
+        pin_memory=accelerator.device.type == "cuda", generator=torch.Generator(),
+    )  # fmt: skip
     mean, std = (
         255 * torch.tensor(values, device=accelerator.device)[:, None, None]
         for values in (teachers.recipe.data.mean, teachers.recipe.data.std)
@@ -103,7 +104,9 @@ def train(
             corrupt.add(batch.skipped)
             taught = Taught(torch.empty(0), torch.empty(0)) if cache is None else cache.read(batch.numbers.numpy())
             unit_BD = taught.features if cache is None else teachers.unit(taught.features)
-            moved = [x.to(accelerator.device) for x in (batch.pixels, batch.labels, *taught, unit_BD)]
+            moved = [
+                x.to(accelerator.device, non_blocking=True) for x in (batch.pixels, batch.labels, *taught, unit_BD)
+            ]
             for group in optimizer.param_groups:
                 group["lr"] = rate(settings, step)
             losses_K = model((moved[0].float() - mean) / std, moved[1], Taught(moved[2], moved[3]), moved[4])
