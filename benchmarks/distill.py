@@ -23,12 +23,13 @@ from pathlib import Path
 
 import numpy as np
 from open_small import place
-from subnets import METRICS, ufo
+from subnets import ufo
 
 from ufo_ds import recipe_file
 from ufo_ds.data.image_files import open_images
 
 KINDS = {"clothing": "classification", "vehicles": "retrieval", "faces": "verification"}
+METRICS = {"clothing": ["top1"], "vehicles": ["mAP"], "faces": ["accuracy", "auc"]}
 ARMS = {
     "labels alone": ["--label_weight", "1", "--logits_weight", "0", "--feature_weight", "0", "--relation_weight", "0"],
     "distilled": [],
@@ -59,13 +60,13 @@ def main() -> None:
             write_part(folder, place(options.runs, "learned routes", seed), task, SHARES[share], seed)
     with ThreadPoolExecutor(options.jobs) as pool:
         results = dict(zip(jobs, pool.map(lambda job: student(options, *job), jobs), strict=True))
-    times = {task: latencies(options, task) for task in KINDS}
     figures = {
-        f"{task}, {share}": figures_of(task, share, results, times[task], options.seeds)
-        for task in KINDS for share in SHARES
+        f"{task}, {metric}, {share}": figures_of(task, share, metric, results, options.seeds)
+        for task in KINDS for metric in METRICS[task] for share in SHARES
     }  # fmt: skip
-    print("\n".join(table(figures)))
-    result = {"benchmark": "distill", "figures": figures, "bars": bars(figures)}
+    sizes = {task: sizes_of(results[0, task, "all", "distilled"], latencies(options, task)) for task in KINDS}
+    print("\n".join(table(figures, sizes)))
+    result = {"benchmark": "distill", "figures": figures, "sizes": sizes, "bars": bars(figures, sizes)}
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
@@ -83,7 +84,7 @@ def student(options: argparse.Namespace, seed: int, task: str, share: str, arm: 
             "--device", "cpu", "--json", "--cache", str(options.out_runs / "cache"), *ARMS[arm],
         )  # fmt: skip
         kept.write_text(text)
-        print(f"{out.name}: {main_metric(json.loads(text), task):.3f}", flush=True)
+        print(f"{out.name}: {value_of(json.loads(text), task, METRICS[task][0]):.3f}", flush=True)
     return json.loads(kept.read_text())
 
 
@@ -110,8 +111,8 @@ def write_part(folder: Path, run: Path, task: str, share: float, seed: int) -> N
     unfinished.rename(folder)
 
 
-def main_metric(result: dict, task: str, whose: str = "metrics") -> float:
-    return result[whose][f"{task}/{task}/{METRICS[task]}"]
+def value_of(result: dict, task: str, metric: str, whose: str = "metrics") -> float:
+    return result[whose][f"{task}/{task}/{metric}"]
 
 
 def latencies(options: argparse.Namespace, task: str) -> dict[str, float]:
@@ -137,44 +138,51 @@ def latencies(options: argparse.Namespace, task: str) -> dict[str, float]:
     return dict(zip(("teacher", "student"), 1e3 * timing.typical(timing.measure(calls, target, rounds)), strict=True))
 
 
-def figures_of(task: str, share: str, results: dict, ms: dict[str, float], seeds: int) -> dict:
-    of_arm = {arm: [results[seed, task, share, arm] for seed in range(seeds)] for arm in ARMS}
-    first = of_arm["distilled"][0]
+def sizes_of(result: dict, ms: dict[str, float]) -> dict[str, dict[str, float]]:
+    prefix = {"student": "", "teacher": "teacher_"}
     return {
-        "task": task, "kind": KINDS[task], "metric": METRICS[task], "images": first["images"],
-        **{arm: [main_metric(result, task) for result in of] for arm, of in of_arm.items()},
-        "teacher": [main_metric(result, task, "teacher_metrics") for result in of_arm["distilled"]],
-        "parameters": first["parameters"], "teacher_parameters": first["teacher_parameters"],
-        "megabytes": first["megabytes"], "teacher_megabytes": first["teacher_megabytes"],
-        "ms": ms["student"], "teacher_ms": ms["teacher"],
+        who: {"parameters": result[f"{before}parameters"], "megabytes": result[f"{before}megabytes"], "ms": ms[who]}
+        for who, before in prefix.items()
+    }
+
+
+def figures_of(task: str, share: str, metric: str, results: dict, seeds: int) -> dict:
+    of_arm = {arm: [results[seed, task, share, arm] for seed in range(seeds)] for arm in ARMS}
+    return {
+        "task": task, "kind": KINDS[task], "metric": metric, "images": [r["images"] for r in of_arm["distilled"]],
+        **{arm: [value_of(result, task, metric) for result in of] for arm, of in of_arm.items()},
+        "teacher": [value_of(result, task, metric, "teacher_metrics") for result in of_arm["distilled"]],
     }  # fmt: skip
 
 
-def table(figures: dict[str, dict]) -> Iterator[str]:
-    """Markdown: means over seeds, with their range."""
-    yield "| task, measure | images | labels alone | distilled | teacher | parameters | MB | ms an image |"
-    yield "|---" * 8 + "|"
+def table(figures: dict[str, dict], sizes: dict[str, dict]) -> Iterator[str]:
+    """Markdown: means over seeds, with their range; and what student and teacher need."""
+    yield "| task, metric | images | labels alone | distilled | teacher |"
+    yield "|---" * 5 + "|"
     for of in figures.values():
         cells = [_range(of[arm]) for arm in (*ARMS, "teacher")]
-        cells += [
-            f"{of['parameters'] / 1e6:.2f} M of {of['teacher_parameters'] / 1e6:.2f} M",
-            f"{of['megabytes']:.2f} of {of['teacher_megabytes']:.2f}",
-            f"{of['ms']:.2f} of {of['teacher_ms']:.2f}",
-        ]
-        yield f"| {of['task']} ({of['kind']}), {of['metric']} | {of['images']:,} | {' | '.join(cells)} |"
+        yield f"| {of['task']} ({of['kind']}), {of['metric']} | {max(of['images']):,} | {' | '.join(cells)} |"
+    yield ""
+    yield "| | parameters | MB | ms an image |"
+    yield "|---" * 4 + "|"
+    for task, of in sizes.items():
+        student, teacher = of["student"], of["teacher"]
+        cells = [f"{student[name]:.3g} of {teacher[name]:.3g}" for name in ("megabytes", "ms")]
+        share = f"{student['parameters']:,} of {teacher['parameters']:,}"
+        yield f"| {task} | {share} | {' | '.join(cells)} |"
 
 
 def _range(values: list[float]) -> str:
     return f"{np.mean(values):.3f} ({min(values):.3f} .. {max(values):.3f})"
 
 
-def bars(figures: dict[str, dict]) -> dict[str, dict]:
+def bars(figures: dict[str, dict], sizes: dict[str, dict]) -> dict[str, dict]:
     """By how many points a student with a teacher is ahead, and its size."""
     result = {}
     for name, of in figures.items():
         ahead = 100 * float(np.mean(of["distilled"]) - np.mean(of["labels alone"]))
         result[f"points_ahead, {name}"] = {"value": round(ahead, 2), "bar": 0.0, "ok": ahead > 0}
-    share = max(of["parameters"] / of["teacher_parameters"] for of in figures.values())
+    share = max(of["student"]["parameters"] / of["teacher"]["parameters"] for of in sizes.values())
     result["share_of_parameters"] = {"value": round(share, 4), "bar": MOST, "ok": share <= MOST}
     return result
 
