@@ -94,6 +94,7 @@ def _of_model(path: Path, task: str | None, target: Target) -> dict[str, Any]:
     from transformers import AutoModel, AutoModelForImageClassification
 
     from ufo_ds.subnets import onnx_export, timing
+    from ufo_ds.subnets.dense_model import quiet
     from ufo_ds.subnets.onnx_model import GRAPH, is_onnx_model
     from ufo_ds.subnets.task_model import open_model
 
@@ -104,7 +105,8 @@ def _of_model(path: Path, task: str | None, target: Target) -> dict[str, Any]:
         calls = [timing.call_of_session(session, pixels_BCHW, target)]
     else:
         auto = AutoModelForImageClassification if of_task.head.type == "linear" else AutoModel
-        model = auto.from_pretrained(path, use_safetensors=True, trust_remote_code=False, local_files_only=True)
+        with quiet():
+            model = auto.from_pretrained(path, use_safetensors=True, trust_remote_code=False, local_files_only=True)
         calls = timing.prepare([model], of_task.input, target)
     ms = 1e3 * timing.measure(calls, target).flatten()
     low, median, high = np.quantile(ms, [0.1, 0.5, 0.9]).tolist()
