@@ -133,7 +133,7 @@ def test_labels_alone_are_the_baseline(run, tmp_path, capsys):
     off = ["--logits_weight", "0", "--feature_weight", "0", "--relation_weight", "0"]
     result = run_verb(capsys, run, "--task", "digits", *SHORT, *off, "--data", folder, "--out", tmp_path / "out")
     assert set(result["losses"]) == {"label"}
-    assert result["settings"]["mixed"] == 0  # or labels would be lost
+    assert result["settings"]["mixup_prob"] == 0  # or labels would be lost
     assert "none: labels alone" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -211,9 +211,9 @@ WEIGHTS = ["--label_weight", "--logits_weight", "--feature_weight", "--relation_
         ({"--label_weight": "-1"}, "--label_weight -1: give 0 or more"),
         ({"--temperature": "nan"}, "--temperature nan"),
         ({"--steps": "0"}, "--steps 0"),
-        ({"--mixed": "1.5"}, "--mixed 1.5: give a share"),
-        ({"--mixed": "nan"}, "--mixed nan"),
-        ({"--mixed": "1", "--label_weight": "1"}, "--mixed 1 leaves no view with a label for --label_weight 1"),
+        ({"--mixup_prob": "1.5"}, "--mixup_prob 1.5: give a share"),
+        ({"--mixup_prob": "nan"}, "--mixup_prob nan"),
+        ({"--mixup_prob": "1", "--label_weight": "1"}, "--mixup_prob 1 leaves no view with a label"),
         ({"--epochs": "3"}, "exclude each other"),
         ({"--task": "faces"}, "faces"),
         ({"--data": "EMPTY"}, "holds no image"),

@@ -69,9 +69,9 @@ def test_an_extracted_teacher_of_a_margin_head_has_no_classifier(extracted, run)
 # --- cache ------------------------------------------------------------------------------------------------------------
 
 
-def filled(directory, run, sources, views, task="digits", mixed=0.0):
+def filled(directory, run, sources, views, task="digits", mixup_prob=0.0):
     teachers = open_teachers([run], task, "cpu")
-    made = Views(teachers.recipe, sources, teachers.classes, views, mixed)
+    made = Views(teachers.recipe, sources, teachers.classes, views, mixup_prob)
     cache = cache_of(directory, teachers, sources, made)
     cache.fill(teachers, made, 0, Corrupt(made.images, 0.0))
     return cache, teachers, made
@@ -118,7 +118,7 @@ def test_another_teacher_or_image_or_augmentation_is_kept_elsewhere(run, other_r
     places = {first.directory}
     places.add(filled(tmp_path / "cache", other_run, sources, 2)[0].directory)
     places.add(filled(tmp_path / "cache", run, sources, 3)[0].directory)
-    places.add(filled(tmp_path / "cache", run, sources, 2, mixed=0.5)[0].directory)
+    places.add(filled(tmp_path / "cache", run, sources, 2, mixup_prob=0.5)[0].directory)
     (folder / "zero" / "000.png").write_bytes(make_images()[0])
     places.add(filled(tmp_path / "cache", run, [FolderImages(folder)], 2)[0].directory)
     assert len(places) == 5
@@ -128,7 +128,7 @@ def test_another_teacher_or_image_or_augmentation_is_kept_elsewhere(run, other_r
 
 PLAIN = Settings(
     logits_weight=1.0, feature_weight=1.0, relation_weight=1.0, label_weight=1.0, temperature=2.0,
-    feature_loss="cosine", steps=1, batch_size=8, views=1, mixed=0.0, lr=0.1, seed=0,
+    feature_loss="cosine", steps=1, batch_size=8, views=1, mixup_prob=0.0, lr=0.1, seed=0,
 )  # fmt: skip
 
 

@@ -47,11 +47,11 @@ def main(argv: list[str] | None = None) -> None:
         value = getattr(options, name)
         if not 0 <= value < math.inf:
             raise UserError(f"--{name} {value:g}: give 0 or more")
-    if not 0 <= options.mixed <= 1:
-        raise UserError(f"--mixed {options.mixed:g}: give a share of the views, from 0 to 1")
-    if options.mixed == 1 and options.label_weight:
+    if not 0 <= options.mixup_prob <= 1:
+        raise UserError(f"--mixup_prob {options.mixup_prob:g}: give a share of the views, from 0 to 1")
+    if options.mixup_prob == 1 and options.label_weight:
         raise UserError(
-            f"--mixed 1 leaves no view with a label for --label_weight {options.label_weight:g}: lower one of them"
+            f"--mixup_prob 1 leaves no view with a label for --label_weight {options.label_weight:g}: lower one of them"
         )
     for name in ("width", "temperature", "lr", "epochs"):
         value = getattr(options, name)
@@ -140,8 +140,8 @@ def _parser() -> argparse.ArgumentParser:
         help=f"augmented views of each image, which come again and again (default: as many as make {VIEWS} of all)",
     )  # fmt: skip
     parser.add_argument(
-        "--mixed", type=float, default=0.5, metavar="SHARE",
-        help="of the views that are blends of two, which have no label (default: 0.5)",
+        "--mixup_prob", type=float, default=0.5, metavar="P",
+        help="share of the views that are blends of two (MixUp), which have no label (default: 0.5)",
     )  # fmt: skip
     parser.add_argument("--cache", type=Path, help="keep what the teacher says here (default: until the end)")
     parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no")
@@ -174,7 +174,7 @@ def _distill(options: argparse.Namespace, backbone: str, teachers: "Teachers", a
     sources = _sources(options.data, recipe)
     images = sum(len(source.names) for source in sources)
     settings = _settings(options, teachers, images, say)
-    views = Views(recipe, sources, teachers.classes, settings.views, settings.mixed)
+    views = Views(recipe, sources, teachers.classes, settings.views, settings.mixup_prob)
     settings = _possible(settings, views, task, say)
     processes = accelerator.num_processes
     corrupt = Corrupt(images, recipe.data.max_corrupt)
@@ -248,10 +248,10 @@ def _settings(options: argparse.Namespace, teachers: "Teachers", images: int, sa
     most = min(VIEWS, steps * options.batch_size)  # more would not be used
     settings = Settings(
         **weights, temperature=options.temperature, feature_loss=options.feature_loss, steps=steps,
-        batch_size=options.batch_size, views=options.views or math.ceil(most / samples), mixed=options.mixed,
+        batch_size=options.batch_size, views=options.views or math.ceil(most / samples), mixup_prob=options.mixup_prob,
         lr=options.lr, seed=teachers.recipe.seed,
     )  # fmt: skip
-    return settings if settings.of_teacher else replace(settings, mixed=0.0)  # a mixed view has no label
+    return settings if settings.of_teacher else replace(settings, mixup_prob=0.0)  # a mixed view has no label
 
 
 def _possible(settings: "Settings", views: "Views", task: "Task", say: Any) -> "Settings":

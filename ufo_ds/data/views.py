@@ -38,15 +38,17 @@ class Views:
         classes: names behind a classifier's labels; an image whose label is none of them has no label. Of a task that
             compares none: then the labels of each source are identities of their own.
         views: of each image.
-        mixed: share of the views.
+        mixup_prob: share of the views that are mixed.
 
     Attributes:
         labels: int64 [samples], :data:`UNKNOWN` where there is none.
         num_classes: of the labels.
     """
 
-    def __init__(self, recipe: Recipe, sources: Sequence[Images], classes: Sequence[str], views: int, mixed: float):
-        self.task, self.seed, self.views, self.mixed = recipe.tasks[0], recipe.seed, views, mixed
+    def __init__(
+        self, recipe: Recipe, sources: Sequence[Images], classes: Sequence[str], views: int, mixup_prob: float
+    ):
+        self.task, self.seed, self.views, self.mixup_prob = recipe.tasks[0], recipe.seed, views, mixup_prob
         self._sources = sources
         self._starts = list(itertools.accumulate([len(source.names) for source in sources], initial=0))
         self.images = self._starts[-1]
@@ -74,7 +76,7 @@ class Views:
         pixels_CHW, label, skipped = self._plain(number)
         generator = numpy_generator(self.seed, "mixed view", self.task.name, number)
         chance, weight = generator.random(2).tolist()
-        if chance >= self.mixed:
+        if chance >= self.mixup_prob:
             return pixels_CHW, label, skipped
         other_CHW, _, also_skipped = self._plain(int(generator.integers(len(self))))
         pixels_CHW, _ = mixed(pixels_CHW, other_CHW, Mixing(weight, None))

@@ -118,7 +118,7 @@ def cache_of(directory: Path, teachers: Teachers, sources: list[Images], views: 
         "teachers": [{"name": model.task, "fingerprint": model.fingerprint} for model in teachers.models],
         "images": digest.hexdigest(),
         "views": views.views,
-        "mixed": views.mixed,
+        "mixup_prob": views.mixup_prob,
         **key_of(teachers.recipe),
     }
     return TeacherCache(directory, about, len(views), (sum(teachers.widths), len(teachers.classes)))

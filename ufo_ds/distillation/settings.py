@@ -16,7 +16,7 @@ class Settings:
         feature_loss: ``cosine``, or ``mse`` of features as they are.
         steps, batch_size: of the training.
         views: augmented views of each image.
-        mixed: share of the views that are mixed with another one.
+        mixup_prob: share of the views that are mixed with another one.
         lr: the highest, after warm-up.
         weight_decay: of matrices.
         warmup: share of the steps.
@@ -33,7 +33,7 @@ class Settings:
     steps: int
     batch_size: int
     views: int
-    mixed: float
+    mixup_prob: float
     lr: float
     seed: int
     weight_decay: float = 0.05

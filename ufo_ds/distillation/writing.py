@@ -90,7 +90,7 @@ A `{config.backbone}` (width {config.width:g}) for the task `{task.name}`, {para
 | teacher | {taught if settings.of_teacher else "none: labels alone"} |
 | parameters of the teacher | {teachers.parameters / 1e6:.3f} M |
 | images | {sum(len(source.names) for source in images):,} |
-| views | {settings.views} of each image, {settings.mixed:.0%} of them mixed with others |
+| views | {settings.views} of each image, {settings.mixup_prob:.0%} of them mixed with others |
 | weights of the losses | {weights}; temperature {settings.temperature:g}, feature loss {settings.feature_loss} |
 | training | {settings.steps} steps of {settings.batch_size}, learning rate {settings.lr:g}, seed {settings.seed} |
 
